@@ -1,0 +1,23 @@
+# Every target works in a fresh clone: it makes .venv first, and installs nothing the second time.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lab bench
+
+quickstart: .venv/installed  ## generate networks that classify handwritten digits, and look at them
+	$(BIN)/pdiff run 00_quickstart
+
+test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
+
+lab: .venv/installed  ## explore in the browser
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: .venv/installed  ## ratios against the plain way
+	for b in tests/benchmarks/bench_*.py; do $(BIN)/python $$b || exit 1; done
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	touch $@

@@ -1,0 +1,82 @@
+"""What p-diff is compared with. Each learns from `theta [K D]` with `fit` and gives raw vectors with `sample`.
+
+A method of your own is a class with these two verbs; `experiment.Experiment.add` puts it beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pdiff_lib import subset
+from pdiff_lib.diffusion import randn
+
+
+class Baseline:
+    """Remembers the checkpoints; `fit` refuses what cannot be a zoo."""
+
+    def fit(self, theta: Float[Tensor, "K D"]) -> Baseline:
+        """Learn from raw checkpoints.
+
+        Raises:
+            ValueError: fewer than two vectors, not [K D], or NaN among the numbers.
+        """
+        subset.check(theta, at_least=2)
+        self.theta = theta
+        return self
+
+    def _pick(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
+        where = generator.device if generator else self.theta.device
+        return self.theta[torch.randint(len(self.theta), (n,), generator=generator, device=where).to(self.theta.device)]
+
+
+class Noise(Baseline):
+    """A random original plus Gaussian noise, tensor by tensor in units of that tensor's own standard deviation.
+
+    Args:
+        scale: s of the N(0, s^2) added to the standardised tensor.
+        sizes: lengths of the tensors; None: the vector as one tensor.
+
+    Source: Figure 4 (METHOD "From checkpoints to vectors").
+    """
+
+    def __init__(self, scale: float, sizes: Sequence[int] | None = None):
+        self.scale, self.sizes = scale, sizes
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """n noise-added originals."""
+        theta = self._pick(n, generator)
+        sizes = list(self.sizes or (theta.shape[1],))
+        std = torch.cat([p.std(dim=1, keepdim=True, correction=0).expand_as(p) for p in theta.split(sizes, dim=1)], dim=1)
+        return theta + self.scale * std * randn(theta.shape, theta.device, generator)
+
+
+class WeightAverage(Baseline):
+    """The mean of the originals, which the paper calls "ensemble"; every sample is the same vector."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """The mean, n times."""
+        return self.theta.mean(dim=0).expand(n, -1).clone()
+
+
+class Interpolation(Baseline):
+    """A point on the line between two random originals, uniform along it."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """n interpolated vectors."""
+        where = generator.device if generator else self.theta.device
+        weight = torch.rand(n, 1, generator=generator, device=where).to(self.theta.device)
+        return torch.lerp(self._pick(n, generator), self._pick(n, generator), weight)
+
+
+class Gaussian(Baseline):
+    """N(mean, covariance) of the originals, rank K-1: exact without ever forming the [D D] covariance."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """n draws."""
+        mean = self.theta.mean(dim=0)
+        weights = randn((n, len(self.theta)), self.theta.device, generator) / (len(self.theta) - 1) ** 0.5
+        return mean + weights @ (self.theta - mean)

@@ -1,0 +1,184 @@
+"""One recipe, walked from images to a table: the line that every notebook draws its figures from.
+
+Nothing is computed before it is asked for, and nothing twice: each stage is kept under the digest of what it depends on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from pdiff_lib import baselines, data, evaluate, networks, pdiff, similarity, subset, training, zoo
+from pdiff_lib.recipe import Recipe
+from pdiff_lib.runs import Store, tensor_digest
+
+ORIGINAL, AVERAGE, PDIFF = "original", "average", "p-diff"
+
+
+class Experiment:
+    """The stages of one recipe, computed when first asked for.
+
+    Construction loads the images, creates the network and selects the subset: whatever is wrong with the recipe is said
+    here, before any long work.
+
+    Args:
+        recipe: all settings.
+        store: where stages are kept; None: `runs/stages`.
+        device: for everything; None: CUDA when there is one.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: unknown dataset or network, images that the network does not take, a subset that matches nothing, ...
+    """
+
+    def __init__(self, recipe: Recipe, store: Store | None = None, device: str | None = None, progress: bool = True):
+        self.recipe, self.store, self.progress = recipe, store or Store(), progress
+        self.device = training.device_of(device)
+        d, b = recipe.data, recipe.base
+        self.images = data.load(d.dataset, size=d.image_size, channels=d.image_channels or None,
+                                train_images=d.train_images, test_images=d.test_images, seed=d.data_seed)
+        self._net = networks.create(b.network, self.images.num_classes, self.images.channels, self.images.size,
+                                    b.pretrained, b.weights or None, seed=b.seed)
+        networks.check(self._net, (self.images.channels, self.images.size, self.images.size))
+        self.subset = subset.select(self._net, recipe.zoo.subset)
+        self.methods: dict[str, Any] = self._methods()
+        self._fitted: dict[str, Any] = {}
+        self._theta: dict[str, Tensor] = {}
+        self._wrong: dict[str, Tensor] = {}
+
+    def _methods(self) -> dict[str, Any]:
+        r, sizes = self.recipe, self.subset.sizes
+        settings = {k: v for part in (r.autoencoder, r.diffusion, r.sampling) for k, v in dataclasses.asdict(part).items()}
+        return {**{f"noise {s:g}": baselines.Noise(s, sizes) for s in r.comparison.noise_scales},
+                AVERAGE: baselines.WeightAverage(), "interpolation": baselines.Interpolation(),
+                "gaussian": baselines.Gaussian(),
+                PDIFF: pdiff.PDiff(sizes, self.device, self.progress, **settings)}
+
+    def add(self, name: str, method: Any) -> None:
+        """Put a method of your own beside the others: anything with `fit(theta)` and `sample(n, generator)`."""
+        if name in self.methods or name == ORIGINAL:
+            raise ValueError(f"there is a method {name!r} already: expected a new name")
+        self.methods[name] = method
+
+    @cached_property
+    def net(self) -> nn.Module:
+        """The trained network, in eval mode (stage "network", Table 5a)."""
+        base = dataclasses.asdict(self.recipe.base)
+
+        def compute(checkpoint):
+            net = self._net.to(self.device)
+            losses = zoo.train(net, self.images, checkpoint=checkpoint, device=self.device, progress=self.progress, **base)
+            return {"losses": losses, **net.state_dict(prefix="net.")}
+
+        start = tensor_digest(self._net.state_dict())  # pretrained weights and the user's own count by content
+        key = {"images": self.images.digest, "start": start, "device": self.device.type, **base}
+        stage = self.store.stage("network", key, compute, code=(zoo.train, zoo._classification, training, data.Images))
+        self._net.load_state_dict({k.removeprefix("net."): v for k, v in stage.items() if k.startswith("net.")})
+        self.training_losses = stage["losses"]
+        return self._net.to(self.device).eval()
+
+    @cached_property
+    def net_digest(self) -> str:
+        """Content digest of the trained network, running statistics included."""
+        return tensor_digest(self.net.state_dict())
+
+    @cached_property
+    def zoo(self) -> zoo.Zoo:
+        """The originals (stage "zoo", Table 5b)."""
+        base, own = self.recipe.base, dataclasses.asdict(self.recipe.zoo)
+        augmentation = {"seed": base.seed, "flip": base.flip, "crop_scale": base.crop_scale}
+
+        def compute(checkpoint):
+            z = zoo.collect(self.net, self.subset, self.images, checkpoint=checkpoint, device=self.device,
+                            progress=self.progress, **own, **augmentation)
+            return {"theta": z.theta, "losses": z.losses}
+
+        key = {"images": self.images.digest, "net": self.net_digest, "device": self.device.type, **own, **augmentation}
+        stage = self.store.stage("zoo", key, compute, code=(zoo.collect, zoo._classification, training, data.Images))
+        return zoo.Zoo(stage["theta"], self.subset.names, self.subset.shapes, stage["losses"])
+
+    def fitted(self, name: str) -> Any:
+        """A method, fitted to the zoo."""
+        if name not in self.methods:
+            raise ValueError(f"no method {name!r}: expected one of {', '.join(self.methods)}")
+        if name not in self._fitted:
+            method = self.methods[name]
+            kept = {"store": self.store} if isinstance(method, pdiff.PDiff) else {}
+            self._fitted[name] = method.fit(self.zoo.theta, **kept) or method
+        return self._fitted[name]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """The random numbers for one purpose, always the same for one recipe."""
+        return torch.Generator().manual_seed(training.seed_for(self.recipe.autoencoder.pdiff_seed, purpose))
+
+    def theta(self, name: str) -> Float[Tensor, "M D"]:
+        """The networks of a method: the originals, or `samples` new ones (a single one for the weight average)."""
+        if name == ORIGINAL:
+            return self.zoo.theta
+        if name not in self._theta:
+            n = 1 if name == AVERAGE else self.recipe.comparison.samples
+            method = self.fitted(name)
+
+            def compute(_checkpoint):
+                return {"theta": method.sample(n, generator=self.generator(f"sample {name}"))}
+
+            if isinstance(method, pdiff.PDiff):
+                key = {"autoencoder": tensor_digest(method.ae.state_dict()), "n": n, "name": name,
+                       "denoiser": tensor_digest(method.denoiser.state_dict()), "zoo": tensor_digest(self.zoo.theta),
+                       **{k: v for p in (method.diffusion_settings, method.sampling, method.ae_settings)
+                          for k, v in dataclasses.asdict(p).items()}}
+                stage = self.store.stage("generated", key, compute, code=(pdiff.PDiff, pdiff.diffusion, subset.Standardiser))
+            else:
+                stage = compute(None)
+            subset.check(stage["theta"], self.subset.numel)
+            self._theta[name] = stage["theta"].cpu()
+        return self._theta[name]
+
+    def wrong_of(self, theta: Float[Tensor, "M D"]) -> Bool[Tensor, "M N"]:
+        """Which test images any parameter vectors get wrong (stage "predictions")."""
+        x, y = self.images.x_test, self.images.y_test
+
+        def compute(_checkpoint):
+            return {"wrong": evaluate.wrong(self.net, self.subset, theta, x, y, prepare=self.images.prepare,
+                                            device=self.device, progress=self.progress)}
+
+        key = {"net": self.net_digest, "names": self.subset.names, "theta": tensor_digest(theta),
+               "images": self.images.digest, "device": self.device.type}
+        return self.store.stage("predictions", key, compute, code=(evaluate,))["wrong"]
+
+    def wrong(self, name: str) -> Bool[Tensor, "M N"]:
+        """Which test images the networks of a method get wrong."""
+        if name not in self._wrong:
+            self._wrong[name] = self.wrong_of(self.theta(name))
+        return self._wrong[name]
+
+    def frame(self, names: list[str] | None = None) -> pd.DataFrame:
+        """A row per network: method, index, accuracy, similarity to the originals and which is nearest.
+
+        Columns: `method`, `index`, `accuracy` (fraction), `max_similarity` (Eq. 7), `nearest` (index of that original),
+        `distance` (Euclidean, to the nearest original), `outside_span` (see `similarity.outside_span`).
+        """
+        parts = []
+        for name in names or [ORIGINAL, *self.methods]:
+            wrong, theta, own = self.wrong(name), self.theta(name), name == ORIGINAL
+            value, nearest = similarity.nearest(wrong, self.wrong(ORIGINAL), exclude_self=own)
+            parts.append(pd.DataFrame({
+                "method": name, "index": range(len(wrong)), "accuracy": evaluate.accuracy(wrong).numpy(),
+                "max_similarity": value.numpy(), "nearest": nearest.numpy(),
+                "distance": similarity.distance(theta, self.zoo.theta, exclude_self=own).numpy(),
+                "outside_span": similarity.outside_span(theta, self.zoo.theta).numpy()}))
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self, names: list[str] | None = None) -> pd.DataFrame:
+        """A row per method: n, accuracy (mean, std, best; best on one half of the images, reported on the other), and
+        the means of the three measures of novelty."""
+        frame = self.frame(names)
+        novelty = frame.groupby("method", sort=False)[["max_similarity", "distance", "outside_span"]].mean()
+        accuracy = {name: evaluate.summary(self.wrong(name)) for name in novelty.index}
+        return pd.DataFrame.from_dict(accuracy, orient="index").join(novelty).rename_axis("method")

@@ -1,0 +1,191 @@
+"""P-diff (Section 2): an autoencoder, a diffusion model in its latent space, and the way back to parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pdiff_lib import autoencoder, denoiser, diffusion, recipe, subset, training
+from pdiff_lib.runs import Checkpoint, Store, tensor_digest
+
+CHUNK = 32  # vectors per pass through the autoencoder: bounds memory at D = 80,000 and the paper's widths
+
+
+class Trajectory(NamedTuple):
+    """What the reverse process looked like on its way: S chosen moments of M chains.
+
+    Attributes:
+        t: [S] remaining diffusion steps, from T (pure noise) to 0 (the generated network).
+        z: [S M L] latents.
+        theta: [S M D] the same, decoded to raw parameters.
+    """
+
+    t: list[int]
+    z: Float[Tensor, "S M L"]
+    theta: Float[Tensor, "S M D"]
+
+
+class PDiff:
+    """Neural network diffusion: `fit` on checkpoints, `sample` new parameters. Without arguments: the paper's recipe.
+
+    Args:
+        sizes: lengths of the tensors in a vector (`sub.sizes`), standardised one by one; None: the vector as one tensor.
+        device: to train and sample on; None: the device of the vectors given to `fit`.
+        progress: show progress bars.
+        settings: any of `recipe.Autoencoder`, `recipe.Diffusion`, `recipe.Sampling`, by name.
+
+    Raises:
+        ValueError: an unknown setting or a value out of range.
+
+    Source: Eq. 5 and 6, Table 5; deviations are settings (`standardise_latents`, `beta_range`, `sampler`).
+    """
+
+    def __init__(self, sizes: Sequence[int] | None = None, device: str | torch.device | None = None,
+                 progress: bool = True, **settings):
+        self.sizes, self.progress = sizes, progress
+        self.device = training.device_of(device) if device is not None else None
+        self.ae_settings, self.diffusion_settings, self.sampling = recipe.split(
+            settings, recipe.Autoencoder, recipe.Diffusion, recipe.Sampling)
+        d = self.diffusion_settings
+        self.schedule = diffusion.Schedule(d.T, d.beta_1, d.beta_T, d.beta_range)
+        self.schedule.ladder(self.sampling.sampling_steps)  # refuse more sampling steps than T now, not after training
+        denoiser.Denoiser(1, d.denoiser_channels)  # likewise an asymmetric list of channels
+
+    def fit(self, theta: Float[Tensor, "K D"], store: Store | None = None) -> PDiff:
+        """Train the autoencoder, then the denoiser on its latents.
+
+        Args:
+            theta: raw parameter vectors, at least two.
+            store: keeps both stages and lets a killed training resume; None keeps nothing.
+
+        Raises:
+            ValueError: fewer than two vectors, not [K D], NaN, or `sizes` that do not add up to D.
+        """
+        subset.check(theta, at_least=2)
+        store = store or Store(None)
+        device = self.device or theta.device
+        theta = theta.to(device)
+        self.standardise = subset.Standardiser(theta, self.sizes)
+        v = self.standardise(theta)
+        place = {"device": device.type}
+
+        def train_autoencoder(checkpoint: Checkpoint) -> dict[str, Tensor]:
+            self.ae, losses = autoencoder.fit(v, self.ae_settings, checkpoint=checkpoint, progress=self.progress)
+            return {"losses": losses, "z": self.encode(theta), **self.ae.state_dict(prefix="net.")}
+
+        stage = store.stage("autoencoder", {"v": tensor_digest(v), **dataclasses.asdict(self.ae_settings), **place},
+                            train_autoencoder, code=(autoencoder, training))
+        self.ae = autoencoder.Autoencoder(v.shape[1], self.ae_settings.latent_dim, self.ae_settings.ae_channels)
+        self._load(self.ae, stage, device)
+        self.ae_losses, self.z = stage["losses"], stage["z"].to(device)
+
+        self.z_mean, self.z_std = torch.zeros((), device=device), torch.ones((), device=device)
+        if self.diffusion_settings.standardise_latents:
+            self.z_mean, self.z_std = self.z.mean(), self.z.std()
+        scaled = (self.z - self.z_mean) / self.z_std
+        seed = self.ae_settings.pdiff_seed
+
+        def train_denoiser(checkpoint: Checkpoint) -> dict[str, Tensor]:
+            net, losses = denoiser.fit(scaled, self.schedule, self.diffusion_settings, seed, checkpoint=checkpoint,
+                                       progress=self.progress)
+            return {"losses": losses, **net.state_dict(prefix="net.")}
+
+        key = {"z": tensor_digest(scaled), "seed": seed, **dataclasses.asdict(self.diffusion_settings), **place}
+        stage = store.stage("denoiser", key, train_denoiser, code=(denoiser, diffusion.Schedule, training))
+        self.denoiser = denoiser.Denoiser(scaled.shape[1], self.diffusion_settings.denoiser_channels)
+        self._load(self.denoiser, stage, device)
+        self.diffusion_losses = stage["losses"]
+        return self
+
+    @staticmethod
+    def _load(net: torch.nn.Module, stage: dict[str, Tensor], device: torch.device) -> None:
+        net.load_state_dict({k.removeprefix("net."): v for k, v in stage.items() if k.startswith("net.")})
+        net.to(device).eval()
+
+    @torch.no_grad()
+    def encode(self, theta: Float[Tensor, "M D"]) -> Float[Tensor, "M L"]:
+        """Latents of raw parameter vectors."""
+        return torch.cat([self.ae.encode(self.standardise(part)) for part in theta.split(CHUNK)])
+
+    @torch.no_grad()
+    def decode(self, z: Float[Tensor, "M L"]) -> Float[Tensor, "M D"]:
+        """Raw parameter vectors of latents."""
+        return torch.cat([self.standardise.inverse(self.ae.decode(part)) for part in z.split(CHUNK)])
+
+    def sample_latents(self, n: int, generator: torch.Generator | None = None,
+                       callback: diffusion.Callback | None = None) -> Float[Tensor, "n L"]:
+        """Latents from noise; the callback sees each step's latents as the denoiser does (standardised if it is)."""
+        if not hasattr(self, "denoiser"):
+            raise ValueError("this PDiff has not seen any checkpoints: call fit(theta) first")
+        x = diffusion.randn((n, self.z.shape[1]), self.z.device, generator)
+        if callback is not None:
+            callback(self.schedule.T, x)
+        kwargs = {"eta": self.sampling.eta} if self.sampling.sampler == "ddim" else {}
+        x = diffusion.SAMPLERS[self.sampling.sampler](
+            self.denoiser, x, self.schedule, steps=self.sampling.sampling_steps, generator=generator, callback=callback,
+            progress=self.progress, **kwargs)
+        return x * self.z_std + self.z_mean
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """n new raw parameter vectors from noise, all together.
+
+        Args:
+            n: how many.
+            generator: of the noise; on the CPU it gives the same noise whatever the device.
+        """
+        return self.decode(self.sample_latents(n, generator))
+
+    def trajectory(self, n: int = 5, moments: int = 11, generator: torch.Generator | None = None) -> Trajectory:
+        """The reverse process of n networks at evenly spaced moments, from pure noise to the end (Figure 5b).
+
+        Args:
+            n: how many networks.
+            moments: how many moments, first and last included; at most one per sampling step.
+            generator: of the noise.
+        """
+        remaining = [*(t + 1 for t in self.schedule.ladder(self.sampling.sampling_steps)), 0]
+        chosen = {remaining[round(i * (len(remaining) - 1) / max(moments - 1, 1))] for i in range(moments)}
+        t, z = [], []
+
+        def keep(steps_left: int, x: Tensor) -> None:
+            if steps_left in chosen:
+                t.append(steps_left)
+                z.append(x * self.z_std + self.z_mean)
+
+        self.sample_latents(n, generator, keep)
+        stack = torch.stack(z)
+        theta = self.decode(stack.flatten(0, 1)).unflatten(0, (len(z), n))
+        return Trajectory(t, stack, theta)
+
+    @torch.no_grad()
+    def diagnose(self, theta: Float[Tensor, "K D"], n: int = 100, generator: torch.Generator | None = None) -> dict[str, float]:
+        """Where a failing p-diff fails: reconstruction, scale of the latents, denoising error by noise level.
+
+        Args:
+            theta: the checkpoints it was fitted on.
+            n: how many latents to generate.
+            generator: of the noise.
+
+        Returns:
+            `reconstruction_mse` (standardised units: 1 = as bad as the mean), `latent_std`, `generated_latent_std`
+            (in the diffusion's own units, where N(0, I) is where it starts), `loss_low_noise`, `loss_mid_noise`,
+            `loss_high_noise` (Eq. 6 over the thirds of t; predicting nothing scores 1).
+        """
+        theta = theta.to(self.z.device)
+        v = self.standardise(theta)
+        scaled = (self.z - self.z_mean) / self.z_std
+        generated = (self.sample_latents(n, generator) - self.z_mean) / self.z_std
+        t = torch.arange(self.schedule.T, device=v.device).repeat(-(-1000 // self.schedule.T))
+        z = scaled[torch.arange(len(t), device=v.device) % len(scaled)]
+        losses = denoiser.noise_loss(self.denoiser, z, t, diffusion.randn(z.shape, z.device, generator), self.schedule)
+        thirds = [losses[(t * 3 // self.schedule.T) == i] for i in range(3)]
+        rebuilt = self.standardise(self.decode(self.z))
+        return {"reconstruction_mse": float((rebuilt - v).square().mean() / (v - v.mean(0)).square().mean()),
+                "latent_std": float(scaled.std()), "generated_latent_std": float(generated.std()),
+                **{f"loss_{name}_noise": float(x.mean()) if len(x) else float("nan")
+                   for name, x in zip(("low", "mid", "high"), thirds)}}

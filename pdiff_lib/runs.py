@@ -1,0 +1,255 @@
+"""What has been computed is kept, and never trusted blindly.
+
+A stage (a trained network, a zoo, an autoencoder, ...) is one safetensors file named by the digest of everything it
+depends on: its settings, the content of its input tensors, its code, the kind of device. Files appear atomically, carry a checksum of
+their tensors, and one process computes a stage while others wait for it. No pickle is ever written or read.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CHECKPOINT_SECONDS = 30.0  # a kill loses less than a minute of a training loop
+
+
+class DamagedFile(ValueError):
+    """A file that is not what was written: cut short, altered, or not safetensors at all."""
+
+
+def root() -> Path:
+    """The folder of all runs: `$PDIFF_RUNS`, or `runs/` beside the package's checkout."""
+    here = Path(__file__).resolve().parent.parent
+    default = (here if (here / "pyproject.toml").is_file() else Path.cwd()) / "runs"
+    return Path(os.environ.get("PDIFF_RUNS") or default)
+
+
+def tensor_digest(tensors: Mapping[str, Tensor] | Tensor) -> str:
+    """Hex digest of names, types, shapes and content of tensors, wherever they live."""
+    if isinstance(tensors, Tensor):
+        tensors = {"": tensors}
+    h = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex digest of anything that JSON can hold (floats exactly, keys sorted)."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def code_digest(*objects: Any) -> str:
+    """Hex digest of the code of functions, classes or modules; comments, layout and docstrings do not count."""
+    return digest([_code(o) for o in objects])
+
+
+def _code(obj: Any) -> str:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(obj)))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
+    """Write tensors as safetensors, atomically, with their checksum and a note in the header.
+
+    Raises:
+        OSError: nothing could be written (a full disk, say); what stood at `path` before stands there still.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A clone per tensor: safetensors refuses tensors that share memory.
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    meta = {"checksum": tensor_digest(tensors), "note": json.dumps(note or {}, sort_keys=True)}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        try:
+            save_file(tensors, temporary, metadata=meta)
+        except SafetensorError as e:
+            raise OSError(f"could not write {path}: {e}") from e
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: str | Path) -> None:
+    """Flush a file or folder to the disk itself: a rename that outlives its content would be a damaged file."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and note of a file that `write` made.
+
+    Raises:
+        DamagedFile: the file is cut short or altered, or is not safetensors (a pickle is refused, never executed).
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            meta = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        raise DamagedFile(f"{path} is not a complete safetensors file ({e}); other formats, pickle among them, "
+                          "are refused") from e
+    if meta.get("checksum") != tensor_digest(tensors):
+        raise DamagedFile(f"{path} was altered after it was written: its checksum does not match its tensors")
+    return tensors, json.loads(meta["note"])
+
+
+class Checkpoint:
+    """Where an unfinished stage keeps its state; with `path=None` it keeps nothing."""
+
+    def __init__(self, path: Path | None = None):
+        self.path, self.last = path, time.monotonic()
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The last saved state, or None when there is none that is whole."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            return read(self.path)[0]
+        except DamagedFile as e:
+            warnings.warn(f"{e}; starting this stage anew", stacklevel=2)
+            return None
+
+    def due(self) -> bool:
+        """Whether the last save is long enough ago."""
+        return self.path is not None and time.monotonic() - self.last > CHECKPOINT_SECONDS
+
+    def save(self, state: Mapping[str, Tensor]) -> None:
+        """Keep this state instead of the one before."""
+        write(self.path, state)
+        self.last = time.monotonic()
+
+
+class Store:
+    """Stages on disk under `folder`; `Store(None)` keeps nothing and computes everything.
+
+    Args:
+        folder: by default `stages/` under `root()`.
+    """
+
+    def __init__(self, folder: str | Path | None = "default"):
+        self.folder = root() / "stages" if folder == "default" else Path(folder) if folder is not None else None
+        self.seconds: dict[str, float] = {}  # what each stage of this session cost when it was computed
+
+    def stage(self, name: str, key: Mapping[str, Any], compute: Callable[[Checkpoint], dict[str, Tensor]],
+              code: tuple = ()) -> dict[str, Tensor]:
+        """The tensors of a stage: from disk when they are there and whole, else computed (once among all processes).
+
+        Args:
+            name: what the stage is, for people ("zoo").
+            key: everything it depends on, as JSON (settings, `tensor_digest` of its inputs, kind of device).
+            compute: called with a `Checkpoint` that survives a kill; returns the tensors.
+            code: functions, classes or modules whose code the stage depends on.
+
+        Returns:
+            CPU tensors by name.
+        """
+        if self.folder is None:
+            return {k: v.detach().cpu() for k, v in compute(Checkpoint()).items()}
+        identity = digest([name, dict(key), code_digest(*code)])
+        path = self.folder / name / f"{identity}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _waiting(FileLock(path.with_suffix(".lock")), name):
+            if path.is_file():
+                try:
+                    tensors, note = read(path)
+                    self.seconds[name] = note["seconds"]
+                    return tensors
+                except DamagedFile as e:
+                    warnings.warn(f"{e}; computing the stage {name!r} again", stacklevel=2)
+            partial = path.with_suffix(".partial.safetensors")
+            start = time.perf_counter()
+            tensors = {k: v.detach().cpu() for k, v in compute(Checkpoint(partial)).items()}
+            seconds = time.perf_counter() - start
+            write(path, tensors, {"name": name, "key": dict(key), "seconds": seconds, **environment()})
+            partial.unlink(missing_ok=True)
+            self.seconds[name] = seconds
+            return tensors
+
+
+def _waiting(lock: FileLock, name: str) -> FileLock:
+    """The acquired lock; says so when another process holds it."""
+    try:
+        return lock.acquire(timeout=0.1)
+    except Timeout:
+        print(f"another process is computing the stage {name!r}: waiting for it")
+        return lock.acquire()
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what something was computed: versions, device, commit, time."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True,
+                                cwd=Path(__file__).parent, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    cuda = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__, "python": platform.python_version(), "commit": commit or "unknown",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+class Run:
+    """The folder of one run of a notebook: its figures and its record.
+
+    Args:
+        notebook: its name without ending ("00_quickstart").
+        settings: everything that it was run with.
+
+    Attributes:
+        folder: the one that `pdiff run` prepared (`$PDIFF_RUN_DIR`), else `runs/NOTEBOOK/<digest of the settings>`.
+    """
+
+    def __init__(self, notebook: str, settings: Mapping[str, Any]):
+        self.notebook, self.settings, self.start = notebook, dict(settings), time.perf_counter()
+        self.folder = Path(os.environ.get("PDIFF_RUN_DIR") or root() / notebook / digest(self.settings))
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, numbers: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> Path:
+        """Write `record.json`: settings, numbers, seconds per stage (as computed, also when read back), where and when."""
+        content = {"notebook": self.notebook, "settings": self.settings, "numbers": dict(numbers),
+                   "seconds_per_stage": {k: round(v, 2) for k, v in (seconds or {}).items()},
+                   "seconds": round(time.perf_counter() - self.start, 1), **environment()}
+        return write_text(self.folder / "record.json", json.dumps(content, indent=1, default=float))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a small text file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    return path

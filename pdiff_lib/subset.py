@@ -1,0 +1,173 @@
+"""Which parameters are generated: choosing them, and moving between a network and a flat vector `theta [D]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A choice of a network's parameters, in a fixed order.
+
+    Attributes:
+        names: parameter names, as in `net.named_parameters()`.
+        shapes: their shapes.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many numbers each tensor has: where one ends and the next begins in `theta`."""
+        return tuple(prod(s) for s in self.shapes)
+
+    @property
+    def numel(self) -> int:
+        """D, the length of `theta`."""
+        return sum(self.sizes)
+
+    def flatten(self, net: nn.Module | Mapping[str, Tensor]) -> Float[Tensor, "D"]:
+        """The chosen parameters of a network (or of a state dict) as one vector; a copy.
+
+        Raises:
+            ValueError: a tensor is missing or has another shape.
+        """
+        tensors = dict(net.named_parameters()) if isinstance(net, nn.Module) else net
+        for name, shape in zip(self.names, self.shapes):
+            if name not in tensors:
+                raise ValueError(f"no parameter {name!r} here: expected {', '.join(self.names[:4])}, ...")
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: expected {shape}")
+        return torch.cat([tensors[n].detach().reshape(-1) for n in self.names])
+
+    def unflatten(self, theta: Float[Tensor, "D"]) -> dict[str, Tensor]:
+        """The vector as named tensors (views), ready for `torch.func.functional_call`.
+
+        Raises:
+            ValueError: the vector has another length.
+        """
+        if theta.shape != (self.numel,):
+            raise ValueError(f"theta has shape {list(theta.shape)}: expected [{self.numel}]")
+        return {n: part.view(s) for n, s, part in zip(self.names, self.shapes, theta.split(self.sizes))}
+
+    def load(self, net: nn.Module, theta: Float[Tensor, "D"]) -> nn.Module:
+        """Write the vector into the network, in place; returns the network."""
+        parameters = dict(net.named_parameters())
+        with torch.no_grad():
+            for name, value in self.unflatten(theta).items():
+                parameters[name].copy_(value)
+        return net
+
+
+def select(net: nn.Module, choice: str | Sequence[str]) -> Subset:
+    """Choose parameters.
+
+    Args:
+        net: the network.
+        choice: "last_norms:N" (weights and biases of the last N normalisation layers in forward order), "all" (every
+            parameter; running statistics of batch norm are not parameters), or name patterns with * and ?
+            (a list, or one string with commas), in the network's own order.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or fewer normalisation layers than asked for.
+
+    Source: Section 3.1, Table 6.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    >>> select(net, "last_norms:1").names, select(net, "0.*,2.bias").numel, select(net, "all").numel
+    (('1.weight', '1.bias'), 17, 29)
+    """
+    parameters = {n: tuple(p.shape) for n, p in net.named_parameters()}
+    if isinstance(choice, str) and choice.startswith("last_norms:"):
+        count = choice.partition(":")[2]
+        if not count.isdigit() or int(count) < 1:
+            raise ValueError(f"subset {choice!r}: expected last_norms:N with N at least 1")
+        norms = _norms_in_forward_order(net)
+        if len(norms) < int(count):
+            raise ValueError(f"subset {choice!r}: {type(net).__name__} has {len(norms)} normalisation layers with parameters")
+        chosen = [f"{m}.{p}" for m in norms[-int(count):] for p, _ in net.get_submodule(m).named_parameters(recurse=False)]
+    elif choice == "all":
+        chosen = list(parameters)
+    else:
+        patterns = [p.strip() for p in choice.split(",")] if isinstance(choice, str) else list(choice)
+        for pattern in patterns:
+            if not any(fnmatchcase(n, pattern) for n in parameters):
+                raise ValueError(f"subset pattern {pattern!r} matches no parameter of {type(net).__name__}: expected "
+                                 f"last_norms:N, all, or patterns over names such as {', '.join(list(parameters)[-3:])}")
+        chosen = [n for n in parameters if any(fnmatchcase(n, p) for p in patterns)]
+    return Subset(tuple(chosen), tuple(parameters[n] for n in chosen))
+
+
+def _norms_in_forward_order(net: nn.Module) -> list[str]:
+    """Names of the normalisation layers with parameters, by their first call when the network's input is known."""
+    norms = {n: m for n, m in net.named_modules()
+             if "norm" in type(m).__name__.lower() and next(m.parameters(recurse=False), None) is not None}
+    shape = getattr(net, "input_shape", None)
+    if shape is None:
+        return list(norms)
+    called: list[str] = []
+    hooks = [m.register_forward_pre_hook(lambda _m, _x, n=n: called.append(n)) for n, m in norms.items()]
+    training, weight = net.training, next(net.parameters())
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
+    finally:
+        net.train(training)
+        for h in hooks:
+            h.remove()
+    return list(dict.fromkeys(called))
+
+
+class Standardiser:
+    """Each tensor of `theta` by one mean and one standard deviation.
+
+    Both are scalars per tensor: over its numbers within a checkpoint, then averaged over the checkpoints (the
+    authors' way; METHOD "From checkpoints to vectors"). A tensor that is constant keeps its scale.
+
+    Args:
+        theta: [K D], what the statistics come from.
+        sizes: lengths of the tensors; None treats the vector as one tensor.
+    """
+
+    def __init__(self, theta: Float[Tensor, "K D"], sizes: Sequence[int] | None = None):
+        sizes = tuple(sizes or (theta.shape[1],))
+        if sum(sizes) != theta.shape[1]:
+            raise ValueError(f"sizes add up to {sum(sizes)}: expected {theta.shape[1]}, the length of the vectors")
+        parts = theta.split(sizes, dim=1)
+        lengths = torch.tensor(sizes, device=theta.device)
+        mean = torch.stack([p.mean() for p in parts])
+        std = torch.stack([p.std(dim=1, correction=0).mean() for p in parts])
+        self.mean = mean.repeat_interleave(lengths)
+        self.std = torch.where(std > 0, std, 1.0).repeat_interleave(lengths)
+
+    def __call__(self, theta: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Raw to standardised."""
+        return (theta - self.mean) / self.std
+
+    def inverse(self, v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Standardised to raw."""
+        return v * self.std + self.mean
+
+
+def check(theta: Tensor, numel: int | None = None, at_least: int = 1) -> None:
+    """Refuse what cannot be a set of parameter vectors.
+
+    Raises:
+        ValueError: not [K D] with D = `numel`, fewer than `at_least` vectors, or NaN or infinity among the numbers.
+    """
+    if theta.ndim != 2 or (numel is not None and theta.shape[1] != numel):
+        raise ValueError(f"theta has shape {list(theta.shape)}: expected [vectors, {numel or 'D'}]")
+    if len(theta) < at_least:
+        raise ValueError(f"theta holds {len(theta)} vectors: expected at least {at_least}")
+    bad = ~torch.isfinite(theta).all(dim=1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"theta holds NaN or infinity in {int(bad.sum())} of {len(theta)} vectors, first in vector {row}")

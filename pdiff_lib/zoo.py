@@ -1,0 +1,144 @@
+"""The originals: train a network, fine-tune the subset, keep one checkpoint per step (Sections 2.3 and 3.1)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pdiff_lib import data, networks, recipe, runs, subset, training
+from pdiff_lib.runs import Checkpoint
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Checkpoints of one subset.
+
+    Attributes:
+        theta: [K D], raw, on the CPU, in the order of training.
+        names, shapes: of the subset they belong to.
+        losses: [K], the training loss at each step; empty when unknown.
+    """
+
+    theta: Float[Tensor, "K D"]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    losses: Float[Tensor, "..."]
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, atomically."""
+        note = {"names": list(self.names), "shapes": [list(s) for s in self.shapes]}
+        runs.write(Path(path), {"theta": self.theta, "losses": self.losses}, note)
+
+
+def load(path: str | Path, sub: subset.Subset | None = None) -> Zoo:
+    """A zoo from its file.
+
+    Args:
+        path: what `Zoo.save` wrote.
+        sub: the subset that it must belong to.
+
+    Raises:
+        ValueError: no such file; damaged or not safetensors (a pickle is refused, never executed); a zoo of other
+            parameters than `sub`.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no zoo file {str(path)!r}")
+    tensors, note = runs.read(Path(path))
+    if not {"names", "shapes"} <= note.keys() or "theta" not in tensors:
+        raise ValueError(f"{path} holds {', '.join(tensors)}: expected a zoo (theta with names and shapes)")
+    zoo = Zoo(tensors["theta"], tuple(note["names"]), tuple(map(tuple, note["shapes"])), tensors["losses"])
+    if sub is not None and (zoo.names, zoo.shapes) != (sub.names, sub.shapes):
+        raise ValueError(f"{path} is a zoo of {len(zoo.names)} tensors with {zoo.theta.shape[1]} numbers "
+                         f"({zoo.names[0]}, ...): expected {len(sub.names)} with {sub.numel} ({sub.names[0]}, ...)")
+    return zoo
+
+
+def train(net: nn.Module, images: data.Images, *, checkpoint: Checkpoint | None = None, device=None,
+          progress: bool = True, **settings) -> Float[Tensor, "steps"]:
+    """Train all parameters, in place (Table 5a).
+
+    Args:
+        net: the network.
+        images: to train on.
+        checkpoint: where the state of an unfinished training is kept.
+        device: to train on; None: CUDA when there is one.
+        progress: show a bar.
+        settings: any of `recipe.Base`.
+
+    Returns:
+        The loss of each step. The network is left in eval mode.
+    """
+    (base,) = recipe.split(settings, recipe.Base)
+    device = training.device_of(device)
+    networks.check(net.to(device), (images.channels, images.size, images.size))
+    optimizer = training.OPTIMIZERS[base.base_optimizer](
+        net.parameters(), lr=base.base_lr, weight_decay=base.base_weight_decay)
+    loss_at, per_epoch = _classification(net, images, base.base_batch, base, device, "train")
+    losses = training.loop(loss_at, per_epoch * base.base_epochs, {"net": net.train()}, optimizer, checkpoint=checkpoint,
+                           desc=f"training {base.network}", progress=progress)
+    net.eval()
+    return losses
+
+
+def collect(net: nn.Module, sub: subset.Subset, images: data.Images, *, checkpoint: Checkpoint | None = None, device=None,
+            progress: bool = True, **settings) -> Zoo:
+    """Fine-tune the subset alone and keep its parameters after each step (Table 5b, Section 3.1).
+
+    The network runs in train mode (batch norm by the batch) at a constant learning rate, as the authors do; it is not
+    changed itself: a copy is fine-tuned, and the running statistics stay those of the trained network.
+
+    Args:
+        net: the trained network.
+        sub: what is fine-tuned and kept.
+        images: to train on.
+        checkpoint: where the state of an unfinished collection is kept.
+        device: to train on; None: CUDA when there is one.
+        progress: show a bar.
+        settings: any of `recipe.Zoo`, and of `recipe.Base` for augmentation and seed.
+
+    Raises:
+        ValueError: K < 2, or a subset of another network.
+    """
+    zoo, base = recipe.split(settings, recipe.Zoo, recipe.Base)
+    device = training.device_of(device)
+    sub.flatten(net)
+    networks.check(net, (images.channels, images.size, images.size))
+    net = copy.deepcopy(net).to(device).train()
+    for name, p in net.named_parameters():
+        p.requires_grad_(name in sub.names)
+    chosen = [p for p in net.parameters() if p.requires_grad]
+    optimizer = training.OPTIMIZERS[zoo.zoo_optimizer](chosen, lr=zoo.zoo_lr, weight_decay=zoo.zoo_weight_decay)
+    loss_at, _ = _classification(net, images, zoo.zoo_batch, base, device, "zoo")
+    theta = torch.empty(zoo.k_checkpoints, sub.numel, device=device)
+
+    def keep(i: int) -> None:
+        theta[i] = sub.flatten(net)
+
+    losses = training.loop(loss_at, zoo.k_checkpoints, {"net": net}, optimizer, schedule="constant", after=keep,
+                           buffers={"theta": theta}, checkpoint=checkpoint, desc="collecting the zoo", progress=progress)
+    return Zoo(theta.cpu(), sub.names, sub.shapes, losses)
+
+
+def _classification(net: nn.Module, images: data.Images, batch: int, base: recipe.Base, device: torch.device, stream: str):
+    """The loss of step i on augmented training images, and the steps in an epoch (an incomplete last batch is left out)."""
+    x, y = images.x_train.to(device), images.y_train.to(device)
+    batch = min(batch, len(x))
+    per_epoch = len(x) // batch
+    order: dict[int, Tensor] = {}
+
+    def loss_at(i: int) -> Tensor:
+        epoch, at = divmod(i, per_epoch)
+        if epoch not in order:
+            order.clear()
+            order[epoch] = data.epoch_order(len(x), epoch, training.seed_for(base.seed, stream)).to(device)
+        pick = order[epoch][at * batch : (at + 1) * batch]
+        seed = training.seed_for(base.seed, stream, i)
+        return F.cross_entropy(net(images.augment(x[pick], seed, base.flip, (base.crop_scale, 1.0))), y[pick])
+
+    return loss_at, per_epoch
