@@ -12,6 +12,8 @@ import copy
 import operator
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Int64, Shaped
@@ -22,20 +24,12 @@ from pdiff_lib.subset import Subset, check
 
 aten = torch.ops.aten
 VMAP_ON_CUDA = 16  # vectors per vmap on a GPU, where one vector's rest is too small to fill it
-HALF = 2  # narrowing that keeps more than 1 / HALF of an axis is left where it is: it would save little
 
 
 def predict(
-    net: nn.Module,
-    sub: Subset,
-    theta: Float[Tensor, "M D"],
-    x: Shaped[Tensor, "N C H W"],
-    *,
-    prepare: Callable[[Tensor], Tensor] | None = None,
-    batch_size: int = 256,
-    vectors_at_once: int | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = False,
+    net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"], *,
+    prepare: Callable[[Tensor], Tensor] | None = None, batch_size: int = 256, vectors_at_once: int | None = None,
+    device: torch.device | str | None = None, progress: bool = False,
 ) -> Int64[Tensor, "M N"]:
     """The class that each parameter vector gives to each image.
 
@@ -65,7 +59,7 @@ def predict(
     """
     check(theta, sub.numel, at_least=1)
     device = torch.device(device) if device is not None else next(net.parameters()).device
-    _check(net, sub, x, device, batch_size, vectors_at_once)
+    _check(net, sub, x, device, batch_size=batch_size, vectors_at_once=vectors_at_once)
     net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
     vectors_at_once = vectors_at_once or (VMAP_ON_CUDA if device.type == "cuda" else 1)
     theta = theta.detach().to(device, net.get_parameter(sub.names[0]).dtype)
@@ -75,16 +69,16 @@ def predict(
         return prepare(batch) if prepare else batch
 
     predictions = torch.empty(len(theta), len(x), dtype=torch.int64)
-    parts: dict[torch.Size, Split | Whole] = {}
+    parts: dict[torch.Size, Split] = {}
     with torch.no_grad():
         _try_one_image(net, x, lambda: batch_from(0, 1))
         for start in tqdm(range(0, len(x), batch_size), desc="images", unit="batch", disable=not progress):
             batch = batch_from(start, batch_size)
             if batch.shape not in parts:
-                parts[batch.shape] = _cut(net, sub.names, batch)
+                parts[batch.shape] = _split_or_whole(net, sub.names, batch)
             part = parts[batch.shape]
             boundary = part.frozen(batch)
-            chunks = theta.split(vectors_at_once if isinstance(part, Split) else 1)
+            chunks = theta.split(vectors_at_once if part.captured else 1)
             rows = [_scores(part, sub, chunk, boundary).argmax(-1) for chunk in chunks]
             predictions[:, start:start + len(batch)] = torch.cat(rows).cpu()
     return predictions
@@ -142,119 +136,88 @@ def summary(wrong: Bool[Tensor, "M N"], seed: int = 0) -> dict[str, float | int]
     models, images = wrong.shape
     if models < 1 or images < 2:
         raise ValueError(f"wrong has shape [{models}, {images}]: expected at least 1 model and 2 images")
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed)).to(wrong.device)
-    accuracies = accuracy(wrong)
-    selected, other = accuracy(wrong[:, order[:images // 2]]), accuracy(wrong[:, order[images // 2:]])
-    best = int(selected.argmax())
-    return {
-        "n_models": models,
-        "n_images": images,
-        "mean": accuracies.mean().item(),
-        "std": accuracies.std(correction=0).item(),
-        "best": accuracies.max().item(),
-        "best_selected_half": selected[best].item(),
-        "best_other_half": other[best].item(),
-    }
+    first, second = torch.randperm(images, generator=torch.Generator().manual_seed(seed)).tensor_split([images // 2])
+    everywhere, here, there = accuracy(wrong), accuracy(wrong[:, first]), accuracy(wrong[:, second])
+    best = here.argmax()
+    return {"n_models": models, "n_images": images, "mean": everywhere.mean().item(),
+            "std": everywhere.std(correction=0).item(), "best": everywhere.max().item(),
+            "best_selected_half": here[best].item(), "best_other_half": there[best].item()}
 
 
-class Split:
-    """A network in two parts: `rest(params, frozen(x))` equals the network with `params` in place of its own.
+class Split(NamedTuple):
+    """A network in two parts: `rest(params, frozen(x))` equals the network with `params` in place of its own."""
+
+    frozen: Callable[[Tensor], tuple[Tensor, ...]]
+    rest: Callable[[dict[str, Tensor], tuple[Tensor, ...]], Tensor]
+    captured: bool = True
+
+
+def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
+    """Cut a network in eval mode.
 
     Args:
-        net: the network, in eval mode.
-        names: the chosen parameters.
-        example: a batch as the network takes it; the parts are valid for this shape alone, so that control flow that
+        net: the network.
+        names: its chosen parameters.
+        example: a batch as the network takes it. The parts are valid for this shape alone, so that control flow which
             depends on the shape stays right.
-
-    Attributes:
-        frozen: from a batch to the tensors that the rest needs, as a tuple.
-        rest: from the chosen parameters by name, and that tuple, to the scores.
     """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export's own
+        program = torch.export.export(net, (example,), strict=False)
+        # An operation in place would change the boundary under the next vector. The empty table only makes them
+        # out of place; decomposing further would change kernels, and with them the last bits.
+        if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in program.graph.nodes):
+            program = program.run_decompositions({})
+    graph = program.graph
+    names_of = {id(p): n for n, p in net.named_parameters()}  # a tied parameter: one name here, two in the graph
+    chosen: dict[fx.Node, str] = {}
+    constants = {n: operator.attrgetter(n.target)(program.graph_module) for n in graph.find_nodes(op="get_attr")}
+    for node, spec in zip(graph.find_nodes(op="placeholder"), program.graph_signature.input_specs):
+        if spec.kind.name == "USER_INPUT":
+            images = node
+        elif spec.kind.name == "PARAMETER":
+            constants[node] = net.get_parameter(spec.target)
+            if names_of[id(constants[node])] in names:
+                chosen[node] = names_of[id(constants.pop(node))]
+        else:
+            constants[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
 
-    def __init__(self, net: nn.Module, names: tuple[str, ...], example: Tensor):
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.export's own
-            program = torch.export.export(net, (example,), strict=False)
-            # In-place operations would change the boundary under the next vector. An empty table only makes them
-            # out of place; decomposing further would change kernels, and with them the last bits.
-            if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in program.graph.nodes):
-                program = program.run_decompositions({})
-        graph = program.graph
-        canonical = {id(p): n for n, p in net.named_parameters()}  # a tied parameter has one name here, two in the graph
-        inputs: dict[fx.Node, str] = {}
-        constants: dict[fx.Node, object] = {}
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        for node, spec in zip(placeholders, program.graph_signature.input_specs):
-            if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
-                images = node
-            elif spec.kind is torch.export.graph_signature.InputKind.PARAMETER:
-                parameter = net.get_parameter(spec.target)
-                if canonical[id(parameter)] in names:
-                    inputs[node] = canonical[id(parameter)]
-                constants[node] = parameter
-            else:
-                constants[node] = program.constants.get(spec.target, program.state_dict.get(spec.target))
-        for node in graph.find_nodes(op="get_attr"):
-            constants[node] = operator.attrgetter(node.target)(program.graph_module)
+    _narrow_early(graph, _dependents(graph, chosen))
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    dependent = _dependents(graph, chosen)
+    (scores,) = graph.output_node().args[0]
+    boundary = [n for n in graph.nodes if n not in dependent and n not in constants
+                and any(u in dependent or u.op == "output" for u in n.users)]
 
-        _narrow_early(graph, _dependents(graph, inputs))
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-        dependent = _dependents(graph, inputs)
-
-        frozen, rest = fx.Graph(), fx.Graph()
-        in_frozen, params, handed = {images: frozen.placeholder("x")}, rest.placeholder("params"), rest.placeholder("boundary")
-        in_rest: dict[fx.Node, fx.Node] = {n: rest.call_function(operator.getitem, (params, name)) for n, name in inputs.items()}
-        boundary: list[fx.Node] = []
-
-        def frozen_value(node: fx.Node) -> fx.Node:
-            if node not in in_frozen:
-                in_frozen[node] = frozen.get_attr(node.name)
-            return in_frozen[node]
-
-        def rest_value(node: fx.Node) -> fx.Node:
-            if node not in in_rest and node in constants:
-                in_rest[node] = rest.get_attr(node.name)
-            elif node not in in_rest:
-                in_rest[node] = rest.call_function(operator.getitem, (handed, len(boundary)))
-                boundary.append(node)
-            return in_rest[node]
-
-        for node in graph.find_nodes(op="call_function", sort=True):
-            if node in dependent:
-                in_rest[node] = rest.node_copy(node, rest_value)
-            else:
-                in_frozen[node] = frozen.node_copy(node, frozen_value)
-        (scores,) = graph.output_node().args[0]
-        rest.output(rest_value(scores))
-        frozen.output(tuple(frozen_value(n) for n in boundary))
-        values = {n.name: v for n, v in constants.items()}
-        self.frozen = fx.GraphModule(values, frozen)
-        self.rest = fx.GraphModule(values, rest)
+    frozen, rest = fx.Graph(), fx.Graph()
+    in_frozen = {images: frozen.placeholder("x")}
+    in_frozen |= {n: frozen.get_attr(n.name) for n in constants}
+    params, handed = rest.placeholder("params"), rest.placeholder("boundary")
+    in_rest = {n: rest.call_function(operator.getitem, (params, name)) for n, name in chosen.items()}
+    in_rest |= {n: rest.get_attr(n.name) for n in constants}
+    in_rest |= {n: rest.call_function(operator.getitem, (handed, i)) for i, n in enumerate(boundary)}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            here, values = (rest, in_rest) if node in dependent else (frozen, in_frozen)
+            values[node] = here.node_copy(node, values.__getitem__)
+    rest.output(in_rest[scores])
+    frozen.output(tuple(in_frozen[n] for n in boundary))
+    for part in (frozen, rest):
+        part.eliminate_dead_code()
+    attributes = {n.name: value for n, value in constants.items()}
+    return Split(fx.GraphModule(attributes, frozen), fx.GraphModule(attributes, rest))
 
 
-class Whole:
-    """The plain way with the verbs of `Split`: nothing is frozen, and the rest is the whole network."""
-
-    def __init__(self, net: nn.Module):
-        self.net = net
-
-    def frozen(self, x: Tensor) -> tuple[Tensor]:
-        return (x,)
-
-    def rest(self, params: dict[str, Tensor], boundary: tuple[Tensor]) -> Tensor:
-        return torch.func.functional_call(self.net, params, boundary)
-
-
-def _cut(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split | Whole:
+def _split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     try:
-        return Split(net, names, example)
+        return split(net, names, example)
     except Exception as error:  # torch.export has no common base for what it cannot capture
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({reason})")
-        return Whole(net)
+        return Split(lambda x: (x,), partial(torch.func.functional_call, net), captured=False)
 
 
-def _scores(part: Split | Whole, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...]) -> Tensor:
+def _scores(part: Split, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...]) -> Tensor:
     """Scores [m n classes] of m vectors, from what the frozen part handed over."""
     if len(theta) == 1:
         return part.rest(sub.unflatten(theta[0]), boundary)[None]
@@ -270,14 +233,10 @@ def _dependents(graph: fx.Graph, sources: dict[fx.Node, str]) -> set[fx.Node]:
     return reached
 
 
-# Operations that treat every entry along an axis alike, unless it is one of the last so many axes. Only their first
-# argument has that axis. Elementwise operations carry a tag of their own.
-MIXED_AXES = {
-    aten.linear.default: lambda node: 1,
-    aten.layer_norm.default: lambda node: len(node.args[1]),
-    aten.dropout.default: lambda node: 0,
-    aten.contiguous.default: lambda node: 0,
-}
+# Operations that treat all entries along an axis of their first argument alike, unless it is one of the last so many
+# axes. Elementwise operations carry a tag of their own.
+MIXED_AXES = {aten.linear.default: lambda node: 1, aten.layer_norm.default: lambda node: len(node.args[1]),
+              aten.dropout.default: lambda node: 0, aten.contiguous.default: lambda node: 0}
 
 
 def _narrow_early(graph: fx.Graph, dependent: set[fx.Node]) -> None:
@@ -286,53 +245,46 @@ def _narrow_early(graph: fx.Graph, dependent: set[fx.Node]) -> None:
     The selection moves upstream, through copies of the operations, as far as each of them treats the axis entry by
     entry; the originals stay for whoever else reads them. Axes count from the end: there broadcasting aligns them.
     """
-    for reader in [n for n in graph.nodes if n in dependent and n.target in (aten.select.int, aten.slice.Tensor)]:
+    def narrow(node: fx.Node, axis: int) -> fx.Node:
+        shape = node.meta["val"].shape
+        if len(shape) < -axis or shape[axis] == 1:
+            return node  # broadcast along the axis
+        if (node, axis) not in done:
+            if node in dependent and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+                few = graph.node_copy(node, lambda argument: narrow(argument, axis))
+            elif node in dependent and node.target in MIXED_AXES and -axis > MIXED_AXES[node.target](node):
+                few = graph.call_function(node.target, (narrow(node.args[0], axis), *node.args[1:]), node.kwargs)
+            else:
+                few = graph.call_function(aten.slice.Tensor, (node, axis, *window))
+            done[node, axis] = few
+        return done[node, axis]
+
+    readers = [n for n in graph.nodes if n in dependent and n.target in (aten.select.int, aten.slice.Tensor)]
+    for reader in [n for n in readers if len(n.args) > 2]:  # a slice without bounds takes the whole axis
         source, axis, *window = reader.args
         shape = source.meta["val"].shape
         axis %= len(shape)
         if reader.target is aten.select.int:
             window = [window[0] % shape[axis], window[0] % shape[axis] + 1]
-        kept = len(range(shape[axis])[slice(*window)])
-        if source not in dependent or HALF * kept > shape[axis]:
-            continue
-        copies: dict[tuple[fx.Node, int], fx.Node] = {}
-
-        def narrowed(node: fx.Node, axis: int) -> fx.Node:
-            if (node, axis) not in copies:
-                copies[node, axis] = narrow(node, axis)
-            return copies[node, axis]
-
-        def narrow(node: fx.Node, axis: int) -> fx.Node:
-            if node in dependent and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-                return graph.node_copy(node, lambda a: narrowed(a, axis) if _spans(a, axis) else a)
-            if node in dependent and node.target in MIXED_AXES and -axis > MIXED_AXES[node.target](node):
-                args = (narrowed(node.args[0], axis), *node.args[1:])
-                return graph.call_function(node.target, args, node.kwargs)
-            return graph.call_function(aten.slice.Tensor, (node, axis, *window))
-
-        with graph.inserting_before(reader):
-            few = narrowed(source, axis - len(shape))
-        reader.args = (few, axis, 0) if reader.target is aten.select.int else (few, axis)
+        done: dict[tuple[fx.Node, int], fx.Node] = {}  # so that residual branches do not multiply
+        if source in dependent and 2 * len(range(shape[axis])[slice(*window)]) <= shape[axis]:  # else it saves little
+            with graph.inserting_before(reader):
+                few = narrow(source, axis - len(shape))
+            reader.args = (few, axis, 0) if reader.target is aten.select.int else (few, axis)
 
 
-def _spans(node: fx.Node, axis: int) -> bool:
-    """Whether the tensor has this axis (negative) and is not broadcast along it."""
-    shape = node.meta["val"].shape
-    return len(shape) >= -axis and shape[axis] > 1
-
-
-def _check(net: nn.Module, sub: Subset, x: Tensor, device: torch.device, batch_size: int, vectors_at_once: int | None) -> None:
+def _check(net: nn.Module, sub: Subset, x: Tensor, device: torch.device, **at_least_1: int | None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("cuda requested but torch.cuda.is_available() is False")
     if x.ndim != 4 or len(x) == 0:
-        raise ValueError(f"x has shape {list(x.shape)}: expected [images, channels, height, width] with at least 1 image")
-    for name, number in (("batch_size", batch_size), ("vectors_at_once", 1 if vectors_at_once is None else vectors_at_once)):
-        if number < 1:
+        raise ValueError(f"x has shape {list(x.shape)}: expected [images, channels, height, width], at least 1 image")
+    for name, number in at_least_1.items():
+        if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: expected at least 1")
     shapes = {n: tuple(p.shape) for n, p in net.named_parameters()}
     for name, shape in zip(sub.names, sub.shapes):
-        if shapes.get(name) != tuple(shape):
-            raise ValueError(f"the subset's {name} has shape {tuple(shape)}: {type(net).__name__} has {shapes.get(name)} there")
+        if shapes.get(name) != shape:
+            raise ValueError(f"{name} of the subset has shape {shape}: {type(net).__name__} has {shapes.get(name)}")
 
 
 def _try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor]) -> None:

@@ -19,6 +19,7 @@ from pdiff_lib.recipe import Recipe
 from pdiff_lib.runs import Store, tensor_digest
 
 ORIGINAL, AVERAGE, PDIFF = "original", "average", "p-diff"
+STEP = (zoo._classification, data.Images.augment, data._random_crop, data.epoch_order, training)  # code of one training step
 
 
 class Experiment:
@@ -52,6 +53,13 @@ class Experiment:
         self._theta: dict[str, Tensor] = {}
         self._wrong: dict[str, Tensor] = {}
 
+    @property
+    def title(self) -> str:
+        """Network, dataset and scale, for titles of figures."""
+        r = self.recipe
+        return (f"{r.base.network}, {r.data.dataset} at {self.images.size} px, {r.zoo.subset}, "
+                f"D = {self.subset.numel:,}, K = {r.zoo.k_checkpoints}")
+
     def _methods(self) -> dict[str, Any]:
         r, sizes = self.recipe, self.subset.sizes
         settings = {k: v for part in (r.autoencoder, r.diffusion, r.sampling) for k, v in dataclasses.asdict(part).items()}
@@ -78,7 +86,7 @@ class Experiment:
 
         start = tensor_digest(self._net.state_dict())  # pretrained weights and the user's own count by content
         key = {"images": self.images.digest, "start": start, "device": self.device.type, **base}
-        stage = self.store.stage("network", key, compute, code=(zoo.train, zoo._classification, training, data.Images))
+        stage = self.store.stage("network", key, compute, code=(zoo.train, *STEP))
         self._net.load_state_dict({k.removeprefix("net."): v for k, v in stage.items() if k.startswith("net.")})
         self.training_losses = stage["losses"]
         return self._net.to(self.device).eval()
@@ -100,7 +108,7 @@ class Experiment:
             return {"theta": z.theta, "losses": z.losses}
 
         key = {"images": self.images.digest, "net": self.net_digest, "device": self.device.type, **own, **augmentation}
-        stage = self.store.stage("zoo", key, compute, code=(zoo.collect, zoo._classification, training, data.Images))
+        stage = self.store.stage("zoo", key, compute, code=(zoo.collect, *STEP))
         return zoo.Zoo(stage["theta"], self.subset.names, self.subset.shapes, stage["losses"])
 
     def fitted(self, name: str) -> Any:

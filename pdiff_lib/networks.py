@@ -36,7 +36,7 @@ class _MLPMini(nn.Module):
             nn.Linear(16, num_classes),
         )
 
-    def forward(self, x: Float[Tensor, "B C 64 64"]) -> Float[Tensor, "B classes"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         return self.layers(F.avg_pool2d(x, 2).mean(1).flatten(1))
 
 
@@ -105,7 +105,7 @@ class _ViTMini(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
 
-    def forward(self, x: Float[Tensor, "B C 64 64"]) -> Float[Tensor, "B classes"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
         tokens = self.embed(F.unfold(x, 8, stride=8).transpose(1, 2)) + self.positions
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
@@ -211,8 +211,8 @@ def _create_timm(name: str, num_classes: int, in_chans: int, image_size: int | N
         if not pretrained:
             raise ValueError(f"timm cannot build {name} with in_chans = {in_chans}, image_size = {image_size}: "
                              f"{error}") from error
-        raise RuntimeError(f"{name}: its published weights could not be loaded ({type(error).__name__}: {error}). Check "
-                           "the connection to huggingface.co, or pass a safetensors file as weights") from error
+        raise RuntimeError(f"{name}: its published weights could not be loaded ({type(error).__name__}: {error}). "
+                           "Check the connection to huggingface.co, or pass a safetensors file as weights") from error
     sides = (image_size, image_size) if image_size else tuple(net.pretrained_cfg["input_size"][1:])
     net.input_shape = (in_chans, *sides)
     return net.train()

@@ -154,6 +154,11 @@ def lines(frame: pd.DataFrame, x: str, y: str, by: str | None, title: str, *, x_
     return fig.update_yaxes(type="log" if log_y else "linear")
 
 
+def columns(vectors: Mapping[str, Tensor], **more: Sequence) -> pd.DataFrame:
+    """Vectors of one length as the columns of a table, for a figure's CSV."""
+    return pd.DataFrame({**more, **{name: v.cpu().numpy() for name, v in vectors.items()}})
+
+
 def save(fig: go.Figure, path: str | Path, numbers: pd.DataFrame | None = None) -> go.Figure:
     """Keep a figure: `path`.html (interactive), `path`.csv (its numbers), and `path`.svg where a Chrome or Chromium is.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +60,15 @@ def load(path: str | Path, sub: subset.Subset | None = None) -> Zoo:
     return zoo
 
 
-def train(net: nn.Module, images: data.Images, *, checkpoint: Checkpoint | None = None, device=None,
+def train(net: nn.Module, images: data.Images, *, after: Callable[[int], None] | None = None,
+          buffers: Mapping[str, Tensor] | None = None, checkpoint: Checkpoint | None = None, device=None,
           progress: bool = True, **settings) -> Float[Tensor, "steps"]:
     """Train all parameters, in place (Table 5a).
 
     Args:
         net: the network.
         images: to train on.
+        after, buffers: as in `training.loop`; to watch the network on its way.
         checkpoint: where the state of an unfinished training is kept.
         device: to train on; None: CUDA when there is one.
         progress: show a bar.
@@ -80,8 +83,9 @@ def train(net: nn.Module, images: data.Images, *, checkpoint: Checkpoint | None 
     optimizer = training.OPTIMIZERS[base.base_optimizer](
         net.parameters(), lr=base.base_lr, weight_decay=base.base_weight_decay)
     loss_at, per_epoch = _classification(net, images, base.base_batch, base, device, "train")
-    losses = training.loop(loss_at, per_epoch * base.base_epochs, {"net": net.train()}, optimizer, checkpoint=checkpoint,
-                           desc=f"training {base.network}", progress=progress)
+    losses = training.loop(loss_at, per_epoch * base.base_epochs, {"net": net.train()}, optimizer, after=after,
+                           buffers=buffers, checkpoint=checkpoint, desc=f"training {base.network}",
+                           progress=progress)
     net.eval()
     return losses
 
@@ -125,11 +129,16 @@ def collect(net: nn.Module, sub: subset.Subset, images: data.Images, *, checkpoi
     return Zoo(theta.cpu(), sub.names, sub.shapes, losses)
 
 
+def steps_per_epoch(n: int, batch: int) -> int:
+    """Steps in an epoch over n images; an incomplete last batch is left out."""
+    return n // min(batch, n)
+
+
 def _classification(net: nn.Module, images: data.Images, batch: int, base: recipe.Base, device: torch.device, stream: str):
-    """The loss of step i on augmented training images, and the steps in an epoch (an incomplete last batch is left out)."""
+    """The loss of step i on augmented training images, and the steps in an epoch."""
     x, y = images.x_train.to(device), images.y_train.to(device)
     batch = min(batch, len(x))
-    per_epoch = len(x) // batch
+    per_epoch = steps_per_epoch(len(x), batch)
     order: dict[int, Tensor] = {}
 
     def loss_at(i: int) -> Tensor:

@@ -1,0 +1,289 @@
+"""One pass over the images gives what one whole network per vector gives."""
+
+import inspect
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from pdiff_lib import evaluate, subset
+
+
+def images(count, size=32, channels=3, seed=1):
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(net, sub, count=3, seed=2):
+    centre = sub.flatten(net)
+    noise = torch.randn(count, sub.numel, generator=torch.Generator().manual_seed(seed))
+    return centre + 0.2 * centre.abs().clamp(min=0.05) * noise
+
+
+@torch.no_grad()
+def plain(net, sub, theta, x):
+    return torch.stack([torch.func.functional_call(net, sub.unflatten(v), (x,)) for v in theta])
+
+
+@torch.no_grad()
+def ours(net, sub, theta, x):
+    part = evaluate.split(net, sub.names, x)
+    boundary = part.frozen(x)
+    return torch.stack([part.rest(sub.unflatten(v), boundary) for v in theta]), part, boundary
+
+
+def mini():
+    """A small CNN with batch norm whose running statistics are not the initial ones."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1),
+                        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5))
+    net(3 * images(16, 8) + 1)
+    return net.eval()
+
+
+def network(name):
+    """From timm, with the scales that start at 0 or 1e-6 (and would hide what lies before them) drawn anew."""
+    torch.manual_seed(0)
+    net = timm.create_model(name, num_classes=10).eval()
+    for parameter in net.parameters():
+        if parameter.ndim == 1:
+            nn.init.uniform_(parameter, -1, 1)
+    return net
+
+
+@pytest.mark.parametrize("name, choice, size", [
+    ("resnet18", "last_norms:2", 64), ("resnet18", "layer3.0.conv2.weight,layer4.1.bn1.*", 64), ("resnet18", "all", 32),
+    ("resnet50", "last_norms:2", 64), ("convnext_atto", "last_norms:2", 64), ("convnext_atto", "stages.2.*.gamma", 64),
+])
+@pytest.mark.parametrize("count", [3, 1])
+def test_scores_are_bitwise_equal(name, choice, size, count):
+    net = network(name)
+    sub = subset.select(net, choice)
+    theta, x = vectors(net, sub, 2), images(count, size)
+    scores, _, _ = ours(net, sub, theta, x)
+    assert not torch.equal(scores[0], scores[1])
+    assert torch.equal(scores, plain(net, sub, theta, x))
+
+
+@pytest.mark.parametrize("choice, tokens", [
+    ("last_norms:2", [1]), ("blocks.9.mlp.fc2.bias", [197, 197]), ("norm.weight,pos_embed", None), ("all", None)])
+def test_vit_computes_the_class_token_alone(choice, tokens):
+    net = network("vit_tiny_patch16_224")
+    sub = subset.select(net, choice)
+    theta, x = vectors(net, sub), images(2, 224)
+    scores, part, boundary = ours(net, sub, theta, x)
+    expected = plain(net, sub, theta, x)
+    # Fewer rows in a matrix product are summed in another order: equal to rounding, not to the last bit.
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    if tokens:
+        assert [b.shape[1] for b in boundary] == tokens
+
+
+class Tokens(nn.Module):
+    """What the narrowing must see through: broadcasting, negative axes, several readers, axes that are mixed."""
+
+    def __init__(self, read):
+        super().__init__()
+        torch.manual_seed(0)
+        self.read = read
+        self.scale, self.shift = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(12, 1))
+        self.norm, self.both, self.mix = nn.LayerNorm(6), nn.LayerNorm((12, 6)), nn.Linear(12, 12)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = x.flatten(1).view(-1, 12, 6) * self.scale
+        h = self.norm(nn.functional.gelu(h + self.shift)) + h
+        return self.read(self, h)
+
+
+@pytest.mark.parametrize("read", [
+    lambda net, h: net.head(h[:, 0]),
+    lambda net, h: net.head(h[:, -1]),
+    lambda net, h: net.head(h.select(-2, 3)),
+    lambda net, h: net.head(h[:, -3:].mean(1) + h[:, 1:9:4].sum(1) + h.mean(1)),
+    lambda net, h: net.head(h[:, 2:].amax(1)),
+    lambda net, h: net.head(net.both(h)[:, 5]),
+    lambda net, h: net.head(net.mix(h.transpose(1, 2))[:, :, 4]),
+    lambda net, h: net.head(h).transpose(1, 2)[:, :, 1],
+    lambda net, h: (h * h[:, :1])[:, 7, :4] + (net.head(h)[:, 7:8] * h[:, :, :4])[:, 2],
+    lambda net, h: (h.unsqueeze(1) + torch.ones(3, 12, 1))[:, 1, 6][:, :4],
+    lambda net, h: (h[None] + h.unsqueeze(2).transpose(0, 1)[:1].transpose(0, 1)[:, :, 0])[0, :, 3, :4],
+])
+def test_narrowing_keeps_the_scores(read):
+    net = Tokens(read).eval()
+    x = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(3))
+    for choice in ("all", "scale", "norm.*", "shift"):
+        sub = subset.select(net, choice)
+        theta = vectors(net, sub)
+        torch.testing.assert_close(ours(net, sub, theta, x)[0], plain(net, sub, theta, x))
+
+
+class InPlace(nn.Module):
+    """Writes chosen parameters into a view of what the frozen part computed, and reads it afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.shift, self.head = nn.Linear(12, 6), nn.Parameter(torch.randn(3)), nn.Linear(6, 6)
+        self.head.weight = self.tied = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        h = self.body(x.flatten(1))
+        h[:, :3].add_(self.shift)
+        return self.head(torch.relu_(h) @ self.tied)
+
+
+@pytest.mark.parametrize("choice", ["shift", "tied", "head.weight", "body.bias,shift", "all"])
+def test_in_place_operations_and_tied_parameters(choice):
+    net = InPlace().eval()
+    if choice in ("tied", "head.weight"):  # one of the two names is the parameter's own
+        choice = next(n for n, p in net.named_parameters() if p is net.tied)
+    sub = subset.select(net, choice)
+    theta, x = vectors(net, sub), images(4, 2)
+    scores, part, boundary = ours(net, sub, theta, x)
+    assert torch.equal(scores, plain(net, sub, theta, x))
+    again = torch.stack([part.rest(sub.unflatten(v), boundary) for v in theta])
+    assert torch.equal(again, scores), "the rest changed what the frozen part handed over"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("choice", ["last_norms:1", "all", "3.weight"])
+def test_batches_ragged_and_single(batch_size, choice):
+    net = mini()
+    sub = subset.select(net, choice)
+    theta, x = vectors(net, sub, 4), images(7, 8)
+    expected = torch.cat([plain(net, sub, theta, part).argmax(-1) for part in x.split(batch_size)], dim=1)
+    assert torch.equal(evaluate.predict(net, sub, theta, x, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize("make, choice, size", [
+    (mini, "all", 8), (mini, "last_norms:2", 8), (lambda: network("resnet18"), "last_norms:2", 32),
+    (lambda: network("convnext_atto"), "last_norms:2", 32),
+    (lambda: network("vit_tiny_patch16_224"), "last_norms:2", 224),
+])
+def test_vmap_equals_the_loop(make, choice, size):
+    net = make()
+    sub = subset.select(net, choice)
+    theta, x = vectors(net, sub, 5), images(3, size)
+    part = evaluate.split(net, sub.names, x)
+    with torch.no_grad():
+        boundary = part.frozen(x)
+        together = evaluate._scores(part, sub, theta, boundary)
+        torch.testing.assert_close(together, plain(net, sub, theta, x), rtol=1e-4, atol=1e-4)
+    sure = together.topk(2).values.diff().abs().squeeze(-1) > 1e-3  # a near tie may go either way
+    chunked = evaluate.predict(net, sub, theta, x, vectors_at_once=4)
+    assert torch.equal(chunked[sure], evaluate.predict(net, sub, theta, x)[sure]) and sure.any()
+
+
+def test_the_network_is_left_as_it_was():
+    net = mini()
+    net.train()
+    net[4].eval()
+    sub = subset.select(net, "all")
+    modes = [m.training for m in net.modules()]
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    theta = vectors(net, sub)
+    before = theta.clone()
+    evaluate.predict(net, sub, theta, images(3, 8))
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and torch.equal(theta, before)
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_prepare_turns_uint8_into_what_the_network_takes(capsys):
+    net = mini()
+    sub = subset.select(net, "last_norms:1")
+    theta = vectors(net, sub)
+    x = torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def prepare(batch):
+        return nn.functional.interpolate(batch.float() / 255, size=(8, 8))
+
+    got = evaluate.predict(net, sub, theta, x, prepare=prepare, batch_size=2, progress=True)
+    assert torch.equal(got, evaluate.predict(net, sub, theta, prepare(x), batch_size=2)) and got.dtype == torch.int64
+    assert "images" in capsys.readouterr().err
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the images: no graph holds it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) if x.sum() > 0 else -self.head(x.flatten(1))
+
+
+def test_a_network_that_cannot_be_captured_runs_whole_and_says_so():
+    net = Branching()
+    sub = subset.select(net, "all")
+    theta, x = vectors(net, sub, 5), images(4, 2)
+    with pytest.warns(UserWarning, match="Branching cannot be captured.*data-dependent"):
+        got = evaluate.predict(net, sub, theta, x, vectors_at_once=4)
+    assert torch.equal(got, plain(net, sub, theta, x).argmax(-1))
+
+
+def test_capturing_is_silent():
+    net = mini()
+    sub = subset.select(net, "last_norms:1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.predict(net, sub, vectors(net, sub), images(3, 8), batch_size=2)
+
+
+def test_wrong_accuracy_and_summary():
+    net = mini()
+    sub = subset.select(net, "all")
+    theta, x = vectors(net, sub, 6), images(9, 8)
+    y = plain(net, sub, theta, x)[0].argmax(-1)
+    wrong = evaluate.wrong(net, sub, theta, x, y, batch_size=4)
+    assert wrong.dtype == torch.bool and not wrong[0].any() and evaluate.accuracy(wrong)[0] == 1
+
+    wrong = torch.rand(5, 11, generator=torch.Generator().manual_seed(0)) < 0.4
+    got, right = evaluate.summary(wrong, seed=3), (~wrong).double()
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(3))
+    best = right[:, order[:5]].mean(1).argmax()
+    assert got == pytest.approx({
+        "n_models": 5, "n_images": 11, "mean": right.mean().item(), "std": right.mean(1).std(correction=0).item(),
+        "best": right.mean(1).max().item(), "best_selected_half": right[best, order[:5]].mean().item(),
+        "best_other_half": right[best, order[5:]].mean().item()})
+    assert got == evaluate.summary(wrong, seed=3)
+    assert got["best_selected_half"] != evaluate.summary(wrong, seed=4)["best_selected_half"]
+    with pytest.raises(ValueError, match="at least 1 model and 2 images"):
+        evaluate.summary(wrong[:, :1])
+
+
+def test_errors_before_any_work(monkeypatch):
+    predict, net = inspect.unwrap(evaluate.predict), mini()  # unwrapped: annotations checked at run time come first
+    sub = subset.select(net, "last_norms:1")
+    theta, x = vectors(net, sub, 4), images(3, 8)
+    monkeypatch.setattr(evaluate, "split", lambda *_: pytest.fail("work began"))
+    spoilt = theta.clone()
+    spoilt[2, 1], spoilt[3, 0] = float("nan"), float("inf")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, how, message in [
+        ((theta[:, :-1], x), {}, r"theta has shape \[4, 15\]: expected \[vectors, 16\]"),
+        ((theta[0], x), {}, r"theta has shape \[16\]"),
+        ((theta[:0], x), {}, "theta holds 0 vectors"),
+        ((spoilt, x), {}, "NaN or infinity in 2 of 4 vectors, first in vector 2"),
+        ((theta, x[0]), {}, r"x has shape \[3, 8, 8\]: expected \[images, channels, height, width\]"),
+        ((theta, x[:0]), {}, "at least 1 image"),
+        ((theta, x[:, :1]), {}, r"Sequential does not take images of shape \[1, 8, 8\].*expected.*3 channels"),
+        ((theta, x.byte()), {}, r"does not take images of shape \[3, 8, 8\] \(torch.uint8\)"),
+        ((theta, x), {"device": "cuda"}, r"cuda requested but torch.cuda.is_available\(\) is False"),
+        ((theta, x), {"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ((theta, x), {"vectors_at_once": -1}, "vectors_at_once is -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            predict(net, sub, *arguments, **how)
+    with pytest.raises(ValueError, match=r"y has shape \[2\]: expected \[3\]"):
+        inspect.unwrap(evaluate.wrong)(net, sub, theta, x, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"4.weight of the subset has shape \(8,\): Sequential has None"):
+        predict(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), sub, theta, x)
+    with pytest.raises(ValueError, match=r"Conv2d returns \[1, 8, 6, 6\] for one image: expected class scores"):
+        conv = nn.Conv2d(3, 8, 3)
+        whole = subset.select(conv, "all")
+        predict(conv, whole, vectors(conv, whole), x)

@@ -1,0 +1,146 @@
+"""networks.py: counts of the paper's Table 6, what each network takes, and every refusal."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from pdiff_lib import networks
+
+TABLE_6 = {"convnet-mini": 24262, "mlp-mini": 66970, "resnet-mini": 25138, "vit-mini": 80714, "convnext-mini": 74970}
+SMALL = [*TABLE_6, "hyperrep-cnn"]
+
+
+@pytest.mark.parametrize("name, count", TABLE_6.items())
+def test_minis_have_the_papers_parameter_counts(name, count):
+    net = networks.create(name, 10)
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert net.input_shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("in_chans, num_classes", [(3, 10), (1, 4)])
+def test_small_networks_classify_and_learn_everywhere(name, in_chans, num_classes):
+    net = networks.create(name, num_classes, in_chans=in_chans)
+    out = net(torch.randn(2, *net.input_shape))
+    assert out.shape == (2, num_classes)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_vit_mini_positions_are_distinct_and_not_saved():
+    net = networks.create("vit-mini", 10)
+    assert torch.cdist(net.positions, net.positions).fill_diagonal_(9).min() > 0.1
+    assert set(net.state_dict()) == {name for name, _ in net.named_parameters()}
+
+
+def test_hyperrep_cnn_is_meant_for_32():
+    assert networks.create("hyperrep-cnn", 10).input_shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("name, image_size, shape", [
+    ("resnet18", None, (1, 224, 224)), ("resnet18", 32, (1, 32, 32)),
+    ("vit_tiny_patch16_224", None, (1, 224, 224)), ("vit_tiny_patch16_224", 64, (1, 64, 64))])
+def test_timm_networks_take_the_size_they_were_asked_for(name, image_size, shape):
+    net = networks.create(name, 7, in_chans=1, image_size=image_size)
+    assert net.input_shape == shape and net.training
+    networks.check(net, shape)
+    assert net.eval()(torch.zeros(1, *shape)).shape == (1, 7)
+
+
+def test_seed_decides_the_weights_and_leaves_the_global_state_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    a, b, c = (networks.create("resnet18", 10, seed=s).conv1.weight for s in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_weights_round_trip(tmp_path):
+    net = networks.create("convnet-mini", 10, seed=1)
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    again = networks.create("convnet-mini", 10, weights=tmp_path / "w.safetensors", seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_weights_that_do_not_fit_name_the_keys(tmp_path):
+    state = networks.create("convnet-mini", 10).state_dict()
+    state["extra"] = state.pop("13.bias")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)13\.bias.*extra"):
+        networks.create("convnet-mini", 10, weights=tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="size mismatch"):
+        save_file(networks.create("convnet-mini", 5).state_dict(), tmp_path / "w.safetensors")
+        networks.create("convnet-mini", 10, weights=tmp_path / "w.safetensors")
+
+
+class _Trap:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("file", ["w.pt", "w.pth", "w.bin", "w.safetensors"])
+@pytest.mark.parametrize("save", [lambda x, f: f.write_bytes(pickle.dumps(x)), torch.save], ids=["pickle", "torch"])
+def test_pickles_are_refused_unopened_whatever_their_name(tmp_path, file, save):
+    save({"weight": _Trap(tmp_path / "sprung")}, tmp_path / file)
+    with pytest.raises(ValueError, match="not a safetensors file.*never loaded"):
+        networks.create("convnet-mini", 10, weights=tmp_path / file)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(name="resnet19"), "'resnet19' is unknown.*resnet18"),
+    (dict(name="convnet-min"), "did you mean convnet-mini"),
+    (dict(name="qqqqqqqq"), "expected convnet-mini"),
+    (dict(name="hf-hub:someone/model"), "is unknown"),
+    (dict(name="resnet18.nonsense"), r"'resnet18\.nonsense' is unknown.*resnet18\.a1_in1k"),
+    (dict(name="convnet-mini", num_classes=0), "num_classes = 0"),
+    (dict(name="convnet-mini", in_chans=0), "in_chans = 0"),
+    (dict(name="resnet18", image_size=-1), "image_size = -1"),
+    (dict(name="convnet-mini", image_size=32), "image_size = 32: convnet-mini takes 64x64"),
+    (dict(name="convnet-mini", pretrained=True), "no published weights of convnet-mini"),
+    (dict(name="resnet18", pretrained=True, weights="w"), "not both"),
+    (dict(name="resnet18", weights="nowhere.safetensors"), "'nowhere.safetensors': there is no such file"),
+])
+def test_wrong_settings_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        networks.create(**{"num_classes": 10, **kwargs})
+
+
+def test_failing_download_names_the_model(monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(RuntimeError, match="resnet18: its published weights.*no route to host"):
+        networks.create("resnet18", 10, pretrained=True)
+    with pytest.raises(ValueError, match="timm cannot build resnet18"):
+        networks.create("resnet18", 10)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_check_refuses_other_sizes_and_channels(name):
+    net = networks.create(name, 10)
+    networks.check(net, net.input_shape)
+    # ConvNeXt-mini pools globally, so larger images fit; MLP-mini averages the channels, so any number of them does.
+    larger = [] if name == "convnext-mini" else [(3, 128, 128)]
+    grey = [] if name == "mlp-mini" else [(1, *net.input_shape[1:])]
+    for shape in [(3, 28, 28), *larger, *grey]:
+        with pytest.raises(ValueError) as error:
+            networks.check(net, shape)
+        assert str(list(shape)) in str(error.value) and str(list(net.input_shape)) in str(error.value)
+
+
+def test_check_restores_every_mode_and_statistic():
+    net = networks.create("resnet18", 10)
+    net.layer1.eval()
+    modes, mean = [m.training for m in net.modules()], net.bn1.running_mean.clone()
+    networks.check(net, (3, 32, 32))
+    with pytest.raises(ValueError):
+        networks.check(net, (1, 32, 32))
+    assert [m.training for m in net.modules()] == modes and torch.equal(net.bn1.running_mean, mean)
