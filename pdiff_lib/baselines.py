@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pdiff_lib import subset
@@ -28,9 +28,9 @@ class Baseline:
         self.theta = theta
         return self
 
-    def _pick(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
+    def _integers(self, n: int, high: int, generator: torch.Generator | None) -> Int64[Tensor, "n"]:
         where = generator.device if generator else self.theta.device
-        return self.theta[torch.randint(len(self.theta), (n,), generator=generator, device=where).to(self.theta.device)]
+        return torch.randint(high, (n,), generator=generator, device=where).to(self.theta.device)
 
 
 class Noise(Baseline):
@@ -46,9 +46,15 @@ class Noise(Baseline):
     def __init__(self, scale: float, sizes: Sequence[int] | None = None):
         self.scale, self.sizes = scale, sizes
 
+    def fit(self, theta: Float[Tensor, "K D"]) -> Noise:
+        """As `Baseline.fit`; also refuses `sizes` that do not add up to D."""
+        super().fit(theta)
+        subset.Standardiser(theta, self.sizes)
+        return self
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
         """n noise-added originals."""
-        theta = self._pick(n, generator)
+        theta = self.theta[self._integers(n, len(self.theta), generator)]
         sizes = list(self.sizes or (theta.shape[1],))
         std = torch.cat([p.std(dim=1, keepdim=True, correction=0).expand_as(p) for p in theta.split(sizes, dim=1)], dim=1)
         return theta + self.scale * std * randn(theta.shape, theta.device, generator)
@@ -63,13 +69,15 @@ class WeightAverage(Baseline):
 
 
 class Interpolation(Baseline):
-    """A point on the line between two random originals, uniform along it."""
+    """A point on the line between two different random originals, uniform along it."""
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
         """n interpolated vectors."""
         where = generator.device if generator else self.theta.device
         weight = torch.rand(n, 1, generator=generator, device=where).to(self.theta.device)
-        return torch.lerp(self._pick(n, generator), self._pick(n, generator), weight)
+        first = self._integers(n, len(self.theta), generator)
+        second = (first + 1 + self._integers(n, len(self.theta) - 1, generator)) % len(self.theta)
+        return torch.lerp(self.theta[first], self.theta[second], weight)
 
 
 class Gaussian(Baseline):

@@ -76,7 +76,7 @@ def check(notebook: Path, given: dict[str, Any]) -> dict[str, Any]:
 @app.command()
 def run(notebook: Annotated[str, typer.Argument(help="name, number or path")],
         file: Annotated[list[Path], typer.Option("-f", "--file", help="YAML of parameters; later files win")] = [],
-        parameter: Annotated[list[tuple[str, str]], typer.Option("-p", "--parameter", help="name value")] = [],
+        parameter: Annotated[list[str], typer.Option("-p", "--parameter", help="name value, as papermill's")] = [],
         force: Annotated[bool, typer.Option(help="run again although it is complete")] = False,
         record: Annotated[bool, typer.Option(help="keep the outputs in the notebook itself, to be committed")] = False):
     """Run a notebook with papermill; its outputs, record and figures land in runs/NOTEBOOK/<digest>/."""
@@ -85,7 +85,7 @@ def run(notebook: Annotated[str, typer.Argument(help="name, number or path")],
     for f in file:
         given |= recipe.load(f)
     own = defaults(path)
-    for name, text in parameter:
+    for name, text in (p.split("=", 1) for p in parameter):
         # A name or a path is taken as it is written: YAML would make a number of the dataset "001".
         given[name] = text if isinstance(own.get(name), str) else recipe.number(yaml.safe_load(text))
     values = check(path, given)
@@ -146,7 +146,7 @@ def data():
     from pdiff_lib import data as images
 
     for row in images.catalogue():
-        print(f"{row['name']:<10} {row['classes']:>5} classes  {row['size']:<8} {'present' if row['present'] else 'absent':<8} "
+        print(f"{row['name']:<10} {row['classes']:>5} classes  {row['image_size']:<8} {'present' if row['present'] else 'absent':<8} "
               f"{row['where'] if row['present'] else row['source']}")
 
 
@@ -163,10 +163,22 @@ def publish(folder: Annotated[Path, typer.Argument(help="runs/NOTEBOOK/<digest>"
             print(shutil.copy(source, to / f"{name}-{source.name}"))
 
 
+def _joined(arguments: list[str]) -> list[str]:
+    """`-p name value` as `-p name=value`: typer knows no repeated option of two values."""
+    joined, rest = [], list(arguments)
+    while rest:
+        joined.append(rest.pop(0))
+        if joined[-1] in ("-p", "--parameter"):
+            if len(rest) < 2:
+                raise ValueError(f"{joined[-1]} {' '.join(rest)}: expected {joined[-1]} name value")
+            joined.append(f"{rest.pop(0)}={rest.pop(0)}")
+    return joined
+
+
 def main() -> None:
     """Entry point: an error in what was asked for is one line, not a traceback."""
     try:
-        app()
+        app(_joined(sys.argv[1:]))
     except ValueError as e:
         sys.exit(f"pdiff: {e}")
 

@@ -108,6 +108,21 @@ def ddim(denoise: Denoiser, x: Float[Tensor, "B L"], schedule: Schedule, *, step
     return x
 
 
+class GaussianDenoiser:
+    """The exact noise predictor for data from N(mean, std^2), elementwise: what a perfect denoiser would answer.
+
+    With it a sampler's own error is all that is left, and can be measured against the known mean and variance.
+    """
+
+    def __init__(self, mean: float, std: float, schedule: Schedule):
+        self.mean, self.variance, self.schedule = mean, std**2, schedule
+
+    def __call__(self, x: Float[Tensor, "B L"], t: Int64[Tensor, "B"]) -> Float[Tensor, "B L"]:
+        """E[eps | x_t], from the score of N(sqrt(alpha_bar) mean, alpha_bar std^2 + 1 - alpha_bar)."""
+        bar = self.schedule.alpha_bar.to(x.device)[t].unsqueeze(1).to(x.dtype)
+        return (1 - bar).sqrt() * (x - bar.sqrt() * self.mean) / (bar * self.variance + 1 - bar)
+
+
 def randn(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """N(0, 1), drawn where the generator lives: a CPU generator gives a CUDA run the numbers of a CPU run."""
     return torch.randn(shape, device=generator.device if generator else device, generator=generator).to(device)

@@ -33,8 +33,9 @@ def predict(
 ) -> Int64[Tensor, "M N"]:
     """The class that each parameter vector gives to each image.
 
-    Capturing the network takes 0.3 to 2 s per call, and again for a last batch of another length: hand all vectors
-    over in one call. A network that cannot be captured runs whole for every vector, with a warning that says why.
+    Capturing the network takes 0.2 to 1 s per call, and again for a last batch of another length: hand all vectors over
+    in one call (one vector alone is not worth a capture and runs the whole network). A network that cannot be captured
+    runs whole for every vector, with a warning that says why.
     The network works on a copy, in eval mode and with its own running statistics; `net` itself is not touched.
 
     Args:
@@ -75,7 +76,7 @@ def predict(
         for start in tqdm(range(0, len(x), batch_size), desc="images", unit="batch", disable=not progress):
             batch = batch_from(start, batch_size)
             if batch.shape not in parts:
-                parts[batch.shape] = _split_or_whole(net, sub.names, batch)
+                parts[batch.shape] = _split_or_whole(net, sub.names, batch) if len(theta) > 1 else _whole(net)
             part = parts[batch.shape]
             boundary = part.frozen(batch)
             chunks = theta.split(vectors_at_once if part.captured else 1)
@@ -164,24 +165,13 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.export's own
         program = torch.export.export(net, (example,), strict=False)
-        # An operation in place would change the boundary under the next vector. The empty table only makes them
-        # out of place; decomposing further would change kernels, and with them the last bits.
-        if any(getattr(n.target, "_schema", None) and n.target._schema.is_mutable for n in program.graph.nodes):
+        images, chosen, constants = _inputs(program, net, names)
+        if not _in_place_is_harmless(program.graph, _dependents(program.graph, chosen)):
+            # The empty table only makes operations out of place; decomposing further would change kernels, and with
+            # them the last bits. Not always done: it takes longer than the capture, and slows the frozen part by 9%.
             program = program.run_decompositions({})
+            images, chosen, constants = _inputs(program, net, names)
     graph = program.graph
-    names_of = {id(p): n for n, p in net.named_parameters()}  # a tied parameter: one name here, two in the graph
-    chosen: dict[fx.Node, str] = {}
-    constants = {n: operator.attrgetter(n.target)(program.graph_module) for n in graph.find_nodes(op="get_attr")}
-    for node, spec in zip(graph.find_nodes(op="placeholder"), program.graph_signature.input_specs):
-        if spec.kind.name == "USER_INPUT":
-            images = node
-        elif spec.kind.name == "PARAMETER":
-            constants[node] = net.get_parameter(spec.target)
-            if names_of[id(constants[node])] in names:
-                chosen[node] = names_of[id(constants.pop(node))]
-        else:
-            constants[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
-
     _narrow_early(graph, _dependents(graph, chosen))
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     dependent = _dependents(graph, chosen)
@@ -208,13 +198,57 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     return Split(fx.GraphModule(attributes, frozen), fx.GraphModule(attributes, rest))
 
 
+def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[str, ...]):
+    """The graph's inputs: the images, the chosen parameters with their names, all others with their values."""
+    names_of = {id(p): n for n, p in net.named_parameters()}  # a tied parameter: one name here, two in the graph
+    graph, chosen = program.graph, {}
+    constants = {n: operator.attrgetter(n.target)(program.graph_module) for n in graph.find_nodes(op="get_attr")}
+    for node, spec in zip(graph.find_nodes(op="placeholder"), program.graph_signature.input_specs):
+        if spec.kind.name == "USER_INPUT":
+            images = node
+        elif spec.kind.name == "PARAMETER":
+            constants[node] = net.get_parameter(spec.target)
+            if names_of[id(constants[node])] in names:
+                chosen[node] = names_of[id(constants.pop(node))]
+        else:
+            constants[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
+    return images, chosen, constants
+
+
+def _writes(node: fx.Node) -> bool:
+    return getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable
+
+
+def _in_place_is_harmless(graph: fx.Graph, dependent: set[fx.Node]) -> bool:
+    """Whether each operation in place overwrites a tensor of its own side that nobody else sees, whole or in part.
+
+    Otherwise one vector could change what the next one is handed, or a change could pass unseen through a view.
+    """
+    for node in filter(_writes, graph.nodes):
+        written, (_, *others) = node.args[0], node.target._schema.arguments
+        if len(written.users) > 1 or (node in dependent) != (written in dependent) or any(a.is_write for a in others):
+            return False
+        schema, tags = getattr(written.target, "_schema", None), getattr(written.target, "tags", ())
+        fresh = schema is not None and not any(r.alias_info for r in schema.returns)
+        if torch.Tag.maybe_aliasing_or_mutating in tags and written.target is not aten.batch_norm.default:
+            fresh = False
+        if not fresh and not _writes(written):
+            return False
+    return True
+
+
 def _split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     try:
         return split(net, names, example)
     except Exception as error:  # torch.export has no common base for what it cannot capture
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({reason})")
-        return Split(lambda x: (x,), partial(torch.func.functional_call, net), captured=False)
+        return _whole(net)
+
+
+def _whole(net: nn.Module) -> Split:
+    """The plain way: nothing is frozen. For one vector, which shares its work with no other, it is also the fastest."""
+    return Split(lambda x: (x,), partial(torch.func.functional_call, net), captured=False)
 
 
 def _scores(part: Split, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...]) -> Tensor:
@@ -250,7 +284,7 @@ def _narrow_early(graph: fx.Graph, dependent: set[fx.Node]) -> None:
         if len(shape) < -axis or shape[axis] == 1:
             return node  # broadcast along the axis
         if (node, axis) not in done:
-            if node in dependent and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            if node in dependent and torch.Tag.pointwise in getattr(node.target, "tags", ()) and not _writes(node):
                 few = graph.node_copy(node, lambda argument: narrow(argument, axis))
             elif node in dependent and node.target in MIXED_AXES and -axis > MIXED_AXES[node.target](node):
                 few = graph.call_function(node.target, (narrow(node.args[0], axis), *node.args[1:]), node.kwargs)
@@ -296,6 +330,6 @@ def _try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor]) -> No
         scores = net(image)
     except Exception as error:
         raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
-    if not isinstance(scores, Tensor) or scores.ndim != 2:
-        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if not isinstance(got, list) or len(got) != 2:
         raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")

@@ -5,9 +5,10 @@ Nothing is computed before it is asked for, and nothing twice: each stage is kep
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -20,6 +21,20 @@ from pdiff_lib.runs import Store, tensor_digest
 
 ORIGINAL, AVERAGE, PDIFF = "original", "average", "p-diff"
 STEP = (zoo._classification, data.Images.augment, data._random_crop, data.epoch_order, training)  # code of one training step
+
+
+class TrainingPath(NamedTuple):
+    """A network at S moments of its training.
+
+    Attributes:
+        epochs: [S] epochs done.
+        theta: [S D] the subset's parameters.
+        accuracy: [S] of the whole network as it was then, fractions.
+    """
+
+    epochs: list[float]
+    theta: Float[Tensor, "S D"]
+    accuracy: Float[Tensor, "S"]
 
 
 class Experiment:
@@ -44,10 +59,10 @@ class Experiment:
         d, b = recipe.data, recipe.base
         self.images = data.load(d.dataset, size=d.image_size, channels=d.image_channels or None,
                                 train_images=d.train_images, test_images=d.test_images, seed=d.data_seed)
-        self._net = networks.create(b.network, self.images.num_classes, self.images.channels, self.images.size,
+        self._initial = networks.create(b.network, self.images.num_classes, self.images.channels, self.images.size,
                                     b.pretrained, b.weights or None, seed=b.seed)
-        networks.check(self._net, (self.images.channels, self.images.size, self.images.size))
-        self.subset = subset.select(self._net, recipe.zoo.subset)
+        networks.check(self._initial, (self.images.channels, self.images.size, self.images.size))
+        self.subset = subset.select(self._initial, recipe.zoo.subset)
         self.methods: dict[str, Any] = self._methods()
         self._fitted: dict[str, Any] = {}
         self._theta: dict[str, Tensor] = {}
@@ -63,10 +78,10 @@ class Experiment:
     def _methods(self) -> dict[str, Any]:
         r, sizes = self.recipe, self.subset.sizes
         settings = {k: v for part in (r.autoencoder, r.diffusion, r.sampling) for k, v in dataclasses.asdict(part).items()}
-        return {**{f"noise {s:g}": baselines.Noise(s, sizes) for s in r.comparison.noise_scales},
+        return {PDIFF: pdiff.PDiff(sizes, self.device, self.progress, **settings),
+                **{f"noise {s:g}": baselines.Noise(s, sizes) for s in r.comparison.noise_scales},
                 AVERAGE: baselines.WeightAverage(), "interpolation": baselines.Interpolation(),
-                "gaussian": baselines.Gaussian(),
-                PDIFF: pdiff.PDiff(sizes, self.device, self.progress, **settings)}
+                "gaussian": baselines.Gaussian()}
 
     def add(self, name: str, method: Any) -> None:
         """Put a method of your own beside the others: anything with `fit(theta)` and `sample(n, generator)`."""
@@ -80,16 +95,52 @@ class Experiment:
         base = dataclasses.asdict(self.recipe.base)
 
         def compute(checkpoint):
-            net = self._net.to(self.device)
+            net = copy.deepcopy(self._initial).to(self.device)
             losses = zoo.train(net, self.images, checkpoint=checkpoint, device=self.device, progress=self.progress, **base)
             return {"losses": losses, **net.state_dict(prefix="net.")}
 
-        start = tensor_digest(self._net.state_dict())  # pretrained weights and the user's own count by content
-        key = {"images": self.images.digest, "start": start, "device": self.device.type, **base}
-        stage = self.store.stage("network", key, compute, code=(zoo.train, *STEP))
-        self._net.load_state_dict({k.removeprefix("net."): v for k, v in stage.items() if k.startswith("net.")})
+        stage = self.store.stage("network", {**self._start, **base}, compute, code=(zoo.train, *STEP))
+        net = copy.deepcopy(self._initial)
+        net.load_state_dict({k.removeprefix("net."): v for k, v in stage.items() if k.startswith("net.")})
         self.training_losses = stage["losses"]
-        return self._net.to(self.device).eval()
+        return net.to(self.device).eval()
+
+    @property
+    def _start(self) -> dict[str, str]:
+        """What training starts from; pretrained weights and the user's own count by content."""
+        return {"images": self.images.digest, "start": tensor_digest(self._initial.state_dict()), "device": self.device.type}
+
+    def training_path(self, moments: int = 6) -> TrainingPath:
+        """The subset's parameters and the accuracy at moments of the base training, denser at its start (Figure 1).
+
+        Args:
+            moments: how many, first (untrained) and last included; at most one per step.
+        """
+        base, (x, y) = dataclasses.asdict(self.recipe.base), (self.images.x_test, self.images.y_test)
+        per_epoch = zoo.steps_per_epoch(len(self.images.x_train), self.recipe.base.base_batch)
+        total = per_epoch * self.recipe.base.base_epochs
+        steps = sorted({round(total * (i / (moments - 1)) ** 2) for i in range(moments)})
+
+        def compute(checkpoint):
+            net = copy.deepcopy(self._initial).to(self.device)
+            theta = torch.empty(len(steps), self.subset.numel, device=self.device)
+            accuracy = torch.empty(len(steps), device=self.device)
+
+            def look(step: int) -> None:
+                if step + 1 in steps:
+                    i = steps.index(step + 1)
+                    theta[i] = self.subset.flatten(net)
+                    wrong = evaluate.wrong(net, self.subset, theta[i : i + 1], x, y, prepare=self.images.prepare)
+                    accuracy[i] = evaluate.accuracy(wrong)[0]
+
+            look(-1)
+            zoo.train(net, self.images, after=look, buffers={"theta": theta, "accuracy": accuracy}, checkpoint=checkpoint,
+                      device=self.device, progress=self.progress, **base)
+            return {"theta": theta, "accuracy": accuracy}
+
+        key = {**self._start, **base, "steps": steps, "names": self.subset.names}
+        stage = self.store.stage("training path", key, compute, code=(zoo.train, evaluate, *STEP))
+        return TrainingPath([s / per_epoch for s in steps], stage["theta"], stage["accuracy"])
 
     @cached_property
     def net_digest(self) -> str:

@@ -66,40 +66,42 @@ class PDiff:
         Raises:
             ValueError: fewer than two vectors, not [K D], NaN, or `sizes` that do not add up to D.
         """
-        subset.check(theta, at_least=2)
         store = store or Store(None)
-        device = self.device or theta.device
+        self.fit_autoencoder(theta, store)
+        device, settings, seed = self.z.device, self.diffusion_settings, self.ae_settings.pdiff_seed
+        self.z_mean, self.z_std = torch.zeros((), device=device), torch.ones((), device=device)
+        if settings.standardise_latents:
+            self.z_mean, self.z_std = self.z.mean(), self.z.std()
+        scaled = (self.z - self.z_mean) / self.z_std
+
+        def train_denoiser(checkpoint: Checkpoint) -> dict[str, Tensor]:
+            net, losses = denoiser.fit(scaled, self.schedule, settings, seed, checkpoint=checkpoint, progress=self.progress)
+            return {"losses": losses, **net.state_dict(prefix="net.")}
+
+        key = {"z": tensor_digest(scaled), "seed": seed, "device": device.type, **dataclasses.asdict(settings)}
+        stage = store.stage("denoiser", key, train_denoiser, code=(denoiser, diffusion.Schedule, training))
+        self.denoiser = denoiser.Denoiser(scaled.shape[1], settings.denoiser_channels)
+        self._load(self.denoiser, stage, device)
+        self.diffusion_losses = stage["losses"]
+        return self
+
+    def fit_autoencoder(self, theta: Float[Tensor, "K D"], store: Store | None = None) -> PDiff:
+        """The first half of `fit`: enough for `encode` and `decode`. Arguments and errors as there."""
+        subset.check(theta, at_least=2)
+        device, settings = self.device or theta.device, self.ae_settings
         theta = theta.to(device)
         self.standardise = subset.Standardiser(theta, self.sizes)
         v = self.standardise(theta)
-        place = {"device": device.type}
 
         def train_autoencoder(checkpoint: Checkpoint) -> dict[str, Tensor]:
-            self.ae, losses = autoencoder.fit(v, self.ae_settings, checkpoint=checkpoint, progress=self.progress)
+            self.ae, losses = autoencoder.fit(v, settings, checkpoint=checkpoint, progress=self.progress)
             return {"losses": losses, "z": self.encode(theta), **self.ae.state_dict(prefix="net.")}
 
-        stage = store.stage("autoencoder", {"v": tensor_digest(v), **dataclasses.asdict(self.ae_settings), **place},
-                            train_autoencoder, code=(autoencoder, training))
-        self.ae = autoencoder.Autoencoder(v.shape[1], self.ae_settings.latent_dim, self.ae_settings.ae_channels)
+        key = {"v": tensor_digest(v), "device": device.type, **dataclasses.asdict(settings)}
+        stage = (store or Store(None)).stage("autoencoder", key, train_autoencoder, code=(autoencoder, training))
+        self.ae = autoencoder.Autoencoder(v.shape[1], settings.latent_dim, settings.ae_channels)
         self._load(self.ae, stage, device)
         self.ae_losses, self.z = stage["losses"], stage["z"].to(device)
-
-        self.z_mean, self.z_std = torch.zeros((), device=device), torch.ones((), device=device)
-        if self.diffusion_settings.standardise_latents:
-            self.z_mean, self.z_std = self.z.mean(), self.z.std()
-        scaled = (self.z - self.z_mean) / self.z_std
-        seed = self.ae_settings.pdiff_seed
-
-        def train_denoiser(checkpoint: Checkpoint) -> dict[str, Tensor]:
-            net, losses = denoiser.fit(scaled, self.schedule, self.diffusion_settings, seed, checkpoint=checkpoint,
-                                       progress=self.progress)
-            return {"losses": losses, **net.state_dict(prefix="net.")}
-
-        key = {"z": tensor_digest(scaled), "seed": seed, **dataclasses.asdict(self.diffusion_settings), **place}
-        stage = store.stage("denoiser", key, train_denoiser, code=(denoiser, diffusion.Schedule, training))
-        self.denoiser = denoiser.Denoiser(scaled.shape[1], self.diffusion_settings.denoiser_channels)
-        self._load(self.denoiser, stage, device)
-        self.diffusion_losses = stage["losses"]
         return self
 
     @staticmethod

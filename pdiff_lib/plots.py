@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pdiff_lib.subset import Subset
 
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999933", "#882255"]
-SYMBOLS = ["circle", "diamond", "square", "triangle-up", "triangle-down", "cross", "star", "x", "pentagon"]
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#D55E00", "#882255", "#999933"]
+SYMBOLS = ["circle", "diamond", "square", "triangle-up", "triangle-down", "star", "cross", "x", "pentagon"]
 DIVERGING, SEQUENTIAL = "RdBu_r", "Viridis"
 HEATMAP_NUMBERS = 4096  # a heatmap shows every k-th number of longer vectors: more would not be seen, only stored
 COLUMNS = 64
@@ -43,7 +43,8 @@ def scatter(frame: pd.DataFrame, title: str) -> go.Figure:
         title: what, on what, at which scale.
     """
     fig = go.Figure()
-    for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
+    methods = list(enumerate(frame.groupby("method", sort=False)))
+    for i, (method, part) in sorted(methods, key=lambda m: len(m[1][1]) == 1):  # single networks on top of clouds
         single = len(part) == 1
         fig.add_scatter(
             x=part.max_similarity, y=100 * part.accuracy, mode="markers", name=method,
@@ -51,7 +52,7 @@ def scatter(frame: pd.DataFrame, title: str) -> go.Figure:
             hovertemplate=(f"{method} %{{customdata[0]}}<br>accuracy %{{y:.2f}} %<br>maximum similarity %{{x:.3f}}"
                            "<br>nearest original: %{customdata[1]}<br>distance to the nearest %{customdata[2]:.3g}"
                            "<br>outside the span %{customdata[3]:.2f}<extra></extra>"),
-            marker={"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 14 if single else 6,
+            marker={"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 15 if single else 7,
                     "opacity": 1 if single else 0.55, "line": {"width": 1 if single else 0, "color": "white"}})
     return fig.update_layout(title=title, width=820, height=520, xaxis_title="maximum similarity to the originals (IoU)",
                              yaxis_title="accuracy (%)", hovermode="closest",
@@ -83,20 +84,21 @@ def heatmaps(sub: Subset, panels: Mapping[str, Float[Tensor, "D"]], title: str,
         title: what, on what, at which scale.
         differences: panels that get a scale of their own, centred on zero.
     """
-    shared = torch.stack([v for k, v in panels.items() if k not in differences])
+    shared = torch.stack([v for k, v in panels.items() if k not in differences] or list(panels.values()))
     fig = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.04)
     for i, (name, theta) in enumerate(panels.items(), 1):
         axis = "coloraxis2" if name in differences else "coloraxis"
         fig.add_heatmap(z=grid(sub, theta).cpu().numpy(), coloraxis=axis, row=1, col=i, name=name,
                         hovertemplate="%{z:.4g}<extra></extra>")
-    fig.update_layout(title=title, width=max(820, 230 * len(panels)), height=430,
+    fig.update_layout(title={"text": title, "y": 0.96}, margin={"t": 105}, width=max(880, 200 * len(panels)), height=430,
                       coloraxis={"colorscale": SEQUENTIAL, "colorbar": {"title": "value", "x": 1.0, "len": 0.9},
                                  "cmin": float(shared.min()), "cmax": float(shared.max())})
     if differences:
         limit = float(torch.stack([panels[d] for d in differences]).abs().max()) or 1.0
-        fig.update_layout(margin={"r": 130}, coloraxis2={
+        both = len(differences) < len(panels)
+        fig.update_layout(margin={"r": 190 if both else 90}, coloraxis2={
             "colorscale": DIVERGING, "cmin": -limit, "cmax": limit,
-            "colorbar": {"title": "difference", "x": 1.09, "len": 0.9}})
+            "colorbar": {"title": "difference", "x": 1.15 if both else 1.0, "len": 0.9}})
     fig.update_yaxes(autorange="reversed", showticklabels=False, ticks="", showgrid=False)
     fig.update_xaxes(showticklabels=False, ticks="", showgrid=False)
     return fig.update_yaxes(title="weights above, biases below", col=1)
@@ -113,7 +115,7 @@ def trajectory(sub: Subset, t: Sequence[int], theta: Float[Tensor, "S D"], accur
         accuracy: [S M], of M networks, fractions.
         title: what, on what, at which scale.
     """
-    fig = make_subplots(rows=1, cols=2, column_widths=[0.5, 0.5], horizontal_spacing=0.17,
+    fig = make_subplots(rows=1, cols=2, column_widths=[0.5, 0.5], horizontal_spacing=0.22,
                         subplot_titles=["decoded parameters of network 0", "accuracy along the reverse process"])
     pictures = [grid(sub, v).cpu().numpy() for v in theta]
     x = list(range(len(t)))
@@ -129,8 +131,8 @@ def trajectory(sub: Subset, t: Sequence[int], theta: Float[Tensor, "S D"], accur
         for i, step in enumerate(t)]
     jump = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     fig.update_layout(
-        title=title, width=960, height=520, margin={"b": 120},
-        coloraxis={"colorscale": SEQUENTIAL, "colorbar": {"title": "value", "x": 0.43, "len": 0.9},
+        title=title, width=1000, height=520, margin={"b": 120},
+        coloraxis={"colorscale": SEQUENTIAL, "colorbar": {"title": "value", "x": 0.4, "len": 0.9},
                    "cmin": float(theta[-1].min()), "cmax": float(theta[-1].max())},
         sliders=[{"active": len(t) - 1, "currentvalue": {"prefix": "diffusion steps that remain: "}, "pad": {"t": 45},
                   "steps": [{"label": str(s), "method": "animate", "args": [[str(s)], jump]} for s in t]}])
@@ -150,8 +152,8 @@ def lines(frame: pd.DataFrame, x: str, y: str, by: str | None, title: str, *, x_
                         marker={"symbol": SYMBOLS[i % len(SYMBOLS)]}, line={"color": COLOURS[i % len(COLOURS)]})
     fig.update_layout(title=title, width=820, height=430, xaxis_title=x_title, yaxis_title=y_title, legend_title=by,
                       showlegend=by is not None)
-    fig.update_xaxes(type="log" if log_x else "linear")
-    return fig.update_yaxes(type="log" if log_y else "linear")
+    scales = [{"type": "log", "dtick": 1} if log else {"type": "linear"} for log in (log_x, log_y)]
+    return fig.update_xaxes(scales[0]).update_yaxes(scales[1])
 
 
 def columns(vectors: Mapping[str, Tensor], **more: Sequence) -> pd.DataFrame:

@@ -14,11 +14,11 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | N
     # A clone per tensor: safetensors refuses tensors that share memory.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     meta = {"checksum": tensor_digest(tensors), "note": json.dumps(note or {}, sort_keys=True)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         try:
             save_file(tensors, temporary, metadata=meta)
@@ -95,7 +94,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | N
         os.replace(temporary, path)
         _sync(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -189,6 +188,8 @@ class Store:
                     return tensors
                 except DamagedFile as e:
                     warnings.warn(f"{e}; computing the stage {name!r} again", stacklevel=2)
+            for left_by_a_kill in path.parent.glob(f".{identity}*"):
+                left_by_a_kill.unlink()
             partial = path.with_suffix(".partial.safetensors")
             start = time.perf_counter()
             tensors = {k: v.detach().cpu() for k, v in compute(Checkpoint(partial)).items()}
@@ -199,7 +200,7 @@ class Store:
             return tensors
 
 
-def _waiting(lock: FileLock, name: str) -> FileLock:
+def _waiting(lock: FileLock, name: str) -> AbstractContextManager:
     """The acquired lock; says so when another process holds it."""
     try:
         return lock.acquire(timeout=0.1)

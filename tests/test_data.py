@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from pdiff_lib import data
+from pdiff_lib import data, sources
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +174,11 @@ def test_impossible_scales_are_refused(digits, scale):
 
 def test_subsets_keep_the_classes_shares_and_decode_nothing_else(tmp_path):
     labels = np.repeat([0, 1, 2], [60, 30, 10])
-    rows = data._subset("x", "train", labels, 20, seed=0)
+    rows = sources.subset_of("x", "train", labels, 20, seed=0)
     assert np.abs(np.bincount(labels[rows]) - [12, 6, 2]).max() <= 1 and len(set(rows)) == 20
-    assert not np.array_equal(rows, data._subset("x", "train", labels, 20, seed=1))
+    assert not np.array_equal(rows, sources.subset_of("x", "train", labels, 20, seed=1))
     broken = [(b"not an image", 0)] * 50
-    keep = data._subset("x", "train", np.zeros(51, int), 1, seed=3)[0]
+    keep = sources.subset_of("x", "train", np.zeros(51, int), 1, seed=3)[0]
     broken.insert(keep, (encode(picture(1)), 0))
     got = data.load(pair(tmp_path, broken, ROWS), train_images=1, seed=3)
     assert torch.equal(got.x_train[0].permute(1, 2, 0), torch.from_numpy(picture(1)))
@@ -211,14 +211,6 @@ def test_digest_changes_with_the_content_alone(tmp_path):
     assert digest() == digest(file="b")
 
 
-def test_halves_are_disjoint_and_complete():
-    a, b = data.halves(101, seed=2)
-    assert (len(a), len(b)) == (50, 51) and torch.equal(torch.cat([a, b]).sort().values, torch.arange(101))
-    assert torch.equal(a, data.halves(101, seed=2)[0]) and not torch.equal(a, data.halves(101, seed=3)[0])
-    with pytest.raises(ValueError, match="n = 1"):
-        data.halves(1)
-
-
 def test_epoch_order_is_a_permutation_decided_by_seed_and_epoch():
     orders = {(seed, epoch): data.epoch_order(50, epoch, seed) for seed in range(3) for epoch in range(3)}
     assert all(torch.equal(order.sort().values, torch.arange(50)) for order in orders.values())
@@ -232,7 +224,7 @@ def test_parquet_round_trip(tmp_path):
     images = data.load(pair(tmp_path, ROWS, ROWS[:4]))
     assert torch.equal(images.x_train.permute(0, 2, 3, 1), torch.from_numpy(np.stack([picture(i) for i in range(9)])))
     assert images.y_test.tolist() == [0, 1, 2, 0] and images.classes == ("0", "1", "2") and images.size == 6
-    assert "set-train.parquet" in images.source
+    assert images.source == "Parquet files set-train.parquet, set-test.parquet"  # no folders: records are shared
 
 
 def test_parquet_class_names_and_known_names(tmp_path):
@@ -376,7 +368,7 @@ def test_mnist_in_its_own_format(tmp_path):
 @pytest.mark.parametrize("name, layout, key", [("cifar10", "NHWC", "targets"), ("stl10", "NCHW", "labels"),
                                                ("svhn", "NCHW", "labels")])
 def test_torchvision_sets_in_memory(tmp_path, monkeypatch, name, layout, key):
-    side = data._KNOWN[name].side
+    side = sources.KNOWN[name].side
     x = np.stack([picture(i, side, side) for i in range(20)])
     asked = []
 
@@ -384,7 +376,7 @@ def test_torchvision_sets_in_memory(tmp_path, monkeypatch, name, layout, key):
         asked.append(kwargs)
         return SimpleNamespace(data=x if layout == "NHWC" else x.transpose(0, 3, 1, 2), **{key: [*range(10)] * 2})
 
-    monkeypatch.setattr(torchvision.datasets, data._KNOWN[name].cls, fake)
+    monkeypatch.setattr(torchvision.datasets, sources.KNOWN[name].cls, fake)
     images = data.load(name, root=tmp_path, train_images=10)
     assert images.x_train.shape == (10, 3, side, side) and len(images.x_test) == 20
     assert np.array_equal(images.x_test.permute(0, 2, 3, 1).numpy(), x)
@@ -394,7 +386,7 @@ def test_torchvision_sets_in_memory(tmp_path, monkeypatch, name, layout, key):
 @pytest.mark.parametrize("name, key", [("flowers", "_labels"), ("pets", "_labels"), ("food101", "_labels"),
                                        ("imagenet", "targets")])
 def test_torchvision_sets_of_photographs(tmp_path, monkeypatch, name, key):
-    known, opened = data._KNOWN[name], []
+    known, opened = sources.KNOWN[name], []
 
     class Fake:
         classes = [(f"class {i}", "synonym") if name == "imagenet" else f"class {i}" for i in range(known.classes)]
@@ -415,7 +407,7 @@ def test_torchvision_sets_of_photographs(tmp_path, monkeypatch, name, key):
     assert images.y_train.sort().values.tolist() == [0, 1, 2, 3, 4] and images.classes[3] == "class 3"
 
 
-@pytest.mark.parametrize("name", data._KNOWN)
+@pytest.mark.parametrize("name", sources.KNOWN)
 def test_sets_that_are_not_there_say_what_to_do(tmp_path, name):
     with pytest.raises(RuntimeError, match=rf"data '{name}' is not in .*put {name}-train\.parquet"):
         data.load(name, size=32, root=tmp_path, download=False)

@@ -1,0 +1,258 @@
+"""Where images come from: scikit-learn, torchvision, Parquet files, folders; found, checked and decoded, uint8."""
+
+import difflib
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+import torchvision
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as TF
+from tqdm.auto import tqdm
+
+
+class Split(NamedTuple):
+    """One split before any image is decoded."""
+
+    labels: np.ndarray  # int64 [N]
+    image: Callable[[int], Tensor]  # row -> uint8 [C h w]
+    classes: tuple[str, ...]  # () where the source names none
+
+
+class Known(NamedTuple):
+    """A data set that torchvision can fetch."""
+
+    cls: str
+    train: dict
+    test: dict
+    classes: int
+    side: int | None  # None: every image has its own
+    channels: int
+    host: str
+    marker: str  # what torchvision leaves in the root
+
+
+_BY_SPLIT = {"split": "train"}, {"split": "test"}
+_BY_FLAG = {"train": True}, {"train": False}
+KNOWN = {
+    "cifar10": Known("CIFAR10", *_BY_FLAG, 10, 32, 3, "cs.toronto.edu", "cifar-10-batches-py"),
+    "cifar100": Known("CIFAR100", *_BY_FLAG, 100, 32, 3, "cs.toronto.edu", "cifar-100-python"),
+    "stl10": Known("STL10", *_BY_SPLIT, 10, 96, 3, "ai.stanford.edu", "stl10_binary"),
+    "mnist": Known("MNIST", *_BY_FLAG, 10, 28, 1, "ossci-datasets.s3.amazonaws.com", "MNIST/raw"),
+    "svhn": Known("SVHN", *_BY_SPLIT, 10, 32, 3, "ufldl.stanford.edu", "train_32x32.mat"),
+    "flowers": Known("Flowers102", *_BY_SPLIT, 102, None, 3, "robots.ox.ac.uk", "flowers-102"),
+    "pets": Known("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, 37, None, 3, "robots.ox.ac.uk",
+                  "oxford-iiit-pet"),
+    "food101": Known("Food101", *_BY_SPLIT, 101, None, 3, "data.vision.ee.ethz.ch", "food-101"),
+    "imagenet": Known("ImageNet", {"split": "train"}, {"split": "val"}, 1000, None, 3,
+                      "image-net.org, by hand into <root>/imagenet", "imagenet/train"),
+}
+
+
+def root_of(root: str | Path | None) -> Path:
+    """The folder of the downloads: the one given, $PDIFF_DATA, or one in the user's cache."""
+    return Path(root or os.environ.get("PDIFF_DATA") or "~/.cache/pdiff_lib/data").expanduser()
+
+
+def find(name: str, size: int | None, root: Path, download: bool) -> tuple[str, list[Split], int | None]:
+    """What `name` means (see `data.load`).
+
+    Returns:
+        The source in words, its training and test split, and the channels where the name decides them.
+
+    Raises:
+        ValueError: unknown name, or files that do not hold what they should.
+        RuntimeError: the data set is not there and cannot be downloaded.
+    """
+    known = KNOWN.get(name)
+    stored = [str(root / f"{name}-{part}.parquet") for part in ("train", "test")]
+    channels = known.channels if known else None
+    if name == "digits":
+        return "scikit-learn digits", _digits(), channels
+    if known and any(map(os.path.exists, stored)):
+        return _parquets(stored), [_parquet(file) for file in stored], channels
+    if known:
+        return f"torchvision {known.cls}", _download(name, size, root, download), channels
+    if name.endswith(".parquet"):
+        files = [part.strip() for part in name.split(",")]
+        if len(files) != 2:
+            raise ValueError(f"data {name!r}: expected two Parquet files, TRAIN.parquet,TEST.parquet")
+        return _parquets(files), [_parquet(file) for file in files], channels
+    if name and Path(name).is_dir():
+        folder = Path(name)
+        return f"folder {folder.resolve().name}", [_folder(folder, "train"), _folder(folder, "test", "val")], channels
+    names = ["digits", *KNOWN]
+    close = difflib.get_close_matches(name, names, n=3)
+    raise ValueError(f"data {name!r} is unknown{'; did you mean ' + ', '.join(close) + '?' if close else '.'} "
+                     f"Expected {', '.join(names)}, TRAIN.parquet,TEST.parquet, or an existing folder")
+
+
+def _parquets(files: list[str]) -> str:
+    # Without folders: this text ends up in records, which are shared.
+    return f"Parquet files {', '.join(Path(file).name for file in files)}"
+
+
+def _digits() -> list[Split]:
+    from sklearn.datasets import load_digits  # here, as importing it takes more than a second
+
+    bunch = load_digits()
+    x = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
+    # RandomState, whose numbers NumPy promises never to change, so that this split stays the same everywhere.
+    order = np.random.RandomState(0).permutation(len(x))
+    return [Split(bunch.target[rows].astype(np.int64), x[rows].__getitem__, tuple(map(str, bunch.target_names)))
+            for rows in (order[:400], order[400:])]
+
+
+def _download(name: str, size: int | None, root: Path, download: bool) -> list[Split]:
+    known = KNOWN[name]
+    if known.side is None and size is None:
+        raise ValueError(f"size = None: the images of {name} differ in size; expected the side in pixels to fit")
+    # ImageNet cannot be downloaded by torchvision, and fills its folder with class folders.
+    place = {"root": root / name} if name == "imagenet" else {"root": root, "download": download}
+    try:
+        return [_from_torchvision(getattr(torchvision.datasets, known.cls)(**place, **kwargs))
+                for kwargs in (known.train, known.test)]
+    except Exception as error:
+        raise RuntimeError(
+            f"data {name!r} is not in {root} and could not be had from {known.host} ({type(error).__name__}: {error}). "
+            f"Fetch it on a connected machine, or put {name}-train.parquet and {name}-test.parquet there") from error
+
+
+def _from_torchvision(dataset: object) -> Split:
+    # torchvision's sets keep labels and pixels under several names
+    labels = next(getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key))
+    classes = [c if isinstance(c, str) else c[0] for c in getattr(dataset, "classes", ())]  # ImageNet: synonyms
+    if hasattr(dataset, "data"):
+        x = torch.as_tensor(dataset.data)
+        x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) if x.shape[-1] == 3 else x
+        image = x.__getitem__
+    else:
+        def image(row: int) -> Tensor:
+            return TF.pil_to_tensor(dataset[row][0])
+    return Split(np.asarray(labels, dtype=np.int64), image, tuple(classes))
+
+
+def _folder(folder: Path, *names: str) -> Split:
+    found = [folder / name for name in names if (folder / name).is_dir()]
+    if not found:
+        raise ValueError(f"folder {folder}: expected a folder {' or '.join(names)} with one folder per class in it")
+    try:
+        dataset = torchvision.datasets.ImageFolder(found[0])
+    except FileNotFoundError as error:
+        raise ValueError(f"folder {found[0]}: expected one folder of images per class ({error})") from error
+    files = [file for file, _ in dataset.samples]
+    return Split(np.asarray(dataset.targets), lambda row: _decode(Path(files[row]).read_bytes(), files[row]),
+                 tuple(dataset.classes))
+
+
+def _parquet(file: str) -> Split:
+    if not os.path.isfile(file):
+        raise ValueError(f"Parquet file {file!r}: there is no such file")
+    try:
+        schema = pq.read_schema(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is not a Parquet file ({error})") from error
+    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    if not ({"image", "label"} <= set(schema.names) and pa.types.is_struct(schema.field("image").type)
+            and schema.field("image").type.get_field_index("bytes") >= 0
+            and pa.types.is_integer(schema.field("label").type)):
+        raise ValueError(f"{file} has the columns {found}: expected image: struct<bytes, path> and label: int64")
+    table = pq.read_table(file, columns=["image", "label"])
+    data = pc.struct_field(table["image"], "bytes")
+    labels = pc.fill_null(table["label"], -1).to_numpy().astype(np.int64)
+    if (labels < 0).any():
+        row = int((labels < 0).argmax())
+        raise ValueError(f"{file}, row {row}: label {table['label'][row]}, expected a class number from 0")
+    meta = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    classes = meta.get("info", {}).get("features", {}).get("label", {}).get("names", ())
+    return Split(labels, lambda row: _decode(data[row].as_py(), f"{file}, row {row}"), tuple(classes))
+
+
+def _decode(data: bytes | None, where: str) -> UInt8[Tensor, "C h w"]:
+    """One image in its own channels (1 or 3); torchvision takes half of Pillow's time but knows fewer formats."""
+    try:
+        buffer = torch.frombuffer(bytearray(data or b""), dtype=torch.uint8)
+        # Of a PNG with a palette (colour type 3, byte 25), UNCHANGED would give the numbers of the palette's entries.
+        palette = data[:4] == b"\x89PNG" and data[25:26] == b"\x03"
+        image = decode_image(buffer, ImageReadMode.RGB if palette else ImageReadMode.UNCHANGED)
+        if image.shape[0] in (2, 4):  # transparency, or CMYK
+            image = decode_image(buffer, ImageReadMode.RGB if image.shape[0] == 4 else ImageReadMode.GRAY)
+        return TF.to_dtype(image, torch.uint8, scale=True)
+    except (RuntimeError, ValueError):
+        try:
+            image = Image.open(io.BytesIO(data or b""))
+            return TF.pil_to_tensor(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+        except Exception as error:
+            raise ValueError(f"{where}: this image is broken or missing ({error})") from error
+
+
+def classes_of(name: str, train: Split, test: Split) -> tuple[str, ...]:
+    """The names of the classes (their numbers where the source names none); refuses splits that do not agree."""
+    if not len(train.labels) or not len(test.labels):
+        raise ValueError(f"data {name!r} has {len(train.labels)} training and {len(test.labels)} test images: expected "
+                         "at least one of each")
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes)) or "the same in another order"
+        raise ValueError(f"data {name!r}: the classes of training and test images differ: {odd}")
+    highest = int(max(train.labels.max(), test.labels.max()))
+    if train.classes and highest >= len(train.classes):
+        raise ValueError(f"data {name!r}: label {highest}, expected less than the {len(train.classes)} named classes")
+    return train.classes or tuple(map(str, range(highest + 1)))
+
+
+def subset_of(name: str, part: str, labels: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Rows of n random images (0: all), in their order; every class keeps its share to within one or two images."""
+    if n > len(labels):
+        raise ValueError(f"{part}_images = {n}: data {name!r} has {len(labels)}")
+    if n == 0:
+        return np.arange(len(labels))
+    rng = np.random.RandomState(seed)
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, shuffled within
+    counts = np.bincount(labels)
+    rank = np.arange(len(labels)) - np.repeat(counts.cumsum() - counts, counts)
+    return np.sort(order[np.argsort((rank + rng.rand(len(labels))) / np.repeat(counts, counts))[:n]])
+
+
+def decode_all(name: str, splits: list[Split], rows: list[np.ndarray], size: int | None,
+               channels: int | None) -> UInt8[Tensor, "N C H W"]:
+    """The chosen images of both splits: as they are if all are squares of one size, else brought to `size`."""
+    jobs = [(split, int(row)) for split, part in zip(splits, rows) for row in part]
+    given, fit, out = channels, False, None
+    for i, (split, row) in enumerate(tqdm(jobs, desc=f"loading {name}", disable=len(jobs) <= 5000)):
+        image = split.image(row)
+        channels = channels or image.shape[0]
+        if image.shape[0] != channels and given is None:
+            raise ValueError(f"data {name!r} mixes grey and colour images (row {row}): expected channels = 1 or 3")
+        if image.shape[0] == 3 and channels == 1:
+            image = TF.rgb_to_grayscale(image)
+        h, w = image.shape[1:]
+        if not fit and (h != w or out is not None and h != out.shape[-1]):
+            if size is None:
+                raise ValueError(f"data {name!r}: size = None, but the images differ in size or are not square (row "
+                                 f"{row}: {h}x{w}); expected the side in pixels to fit them to")
+            fit = True
+            if out is not None:  # all were alike so far
+                done, out = out[:i], out.new_empty(len(jobs), channels, size, size)
+                for k in range(i):
+                    out[k] = _fit(done[k], size)
+        image = _fit(image, size) if fit else image
+        out = torch.empty(len(jobs), channels, *image.shape[1:], dtype=torch.uint8) if out is None else out
+        out[i] = image  # a grey image fills all channels
+    return out
+
+
+def _fit(image: UInt8[Tensor, "C h w"], size: int) -> UInt8[Tensor, "C s s"]:
+    """The shorter side brought to `size`, then the middle square."""
+    return TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])

@@ -1,0 +1,257 @@
+"""experiment.py: a very small recipe, walked to the end; its numbers computed again, the plain way."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pdiff_lib import autoencoder, denoiser, evaluate, pdiff, runs, training, zoo
+from pdiff_lib.experiment import AVERAGE, ORIGINAL, PDIFF, Experiment
+from pdiff_lib.recipe import Recipe
+
+SMALL = {
+    "dataset": "digits",
+    "image_size": 32,
+    "train_images": 100,
+    "test_images": 100,
+    "network": "test_resnet",
+    "pretrained": False,
+    "base_epochs": 1,
+    "base_batch": 50,
+    "k_checkpoints": 6,
+    "zoo_batch": 16,
+    "crop_scale": 0.6,
+    "flip": False,
+    "ae_channels": [2, 2],
+    "latent_dim": 4,
+    "ae_steps": 3,
+    "denoiser_channels": [2, 2, 2],
+    "diffusion_steps": 3,
+    "T": 10,
+    "samples": 4,
+    "noise_scales": [0.05, 0.5],
+}
+METHODS = {ORIGINAL: 6, "noise 0.05": 4, "noise 0.5": 4, AVERAGE: 1, "interpolation": 4, "gaussian": 4, PDIFF: 4}
+
+
+def experiment(folder, **changes) -> Experiment:
+    return Experiment(Recipe.of(**{**SMALL, **changes}), runs.Store(folder), device="cpu", progress=False)
+
+
+class Copies:
+    """A method of a user's own: hands the zoo back."""
+
+    def fit(self, theta):
+        self.theta = theta
+
+    def sample(self, n, generator=None):
+        return self.theta[:n].clone()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def done(folder) -> Experiment:
+    """Everything computed once, with a user's method among it."""
+    e = experiment(folder)
+    e.add("copies", Copies())
+    e.frame()
+    return e
+
+
+def wrong_plain(e: Experiment, name: str) -> np.ndarray:
+    """Which test images each network of a method gets wrong: one load and one plain forward per network."""
+    net, rows = copy.deepcopy(e.net), []
+    x = e.images.prepare(e.images.x_test)
+    for theta in e.theta(name):
+        state, at = dict(net.state_dict()), 0
+        for n, shape in zip(e.subset.names, e.subset.shapes):
+            size = int(np.prod(shape))
+            state[n] = theta[at : at + size].reshape(shape)
+            at += size
+        net.load_state_dict(state)
+        with torch.no_grad():
+            rows.append((net.eval()(x).argmax(1) != e.images.y_test).numpy())
+    return np.array(rows)
+
+
+def test_frame_has_a_row_per_network(done):
+    frame = done.frame()
+    assert frame.groupby("method", sort=False).size().to_dict() == {**METHODS, "copies": 4}
+    assert all(part["index"].tolist() == list(range(len(part))) for _, part in frame.groupby("method"))
+    kinds = {"accuracy": "f", "max_similarity": "f", "distance": "f", "outside_span": "f", "index": "i", "nearest": "i"}
+    assert {c: frame[c].dtype.kind for c in kinds} == kinds and list(frame.columns)[:2] == ["method", "index"]
+    assert set(frame.columns) == {"method", *kinds} and not frame.isna().any().any()
+    assert frame["nearest"].between(0, 5).all() and frame["accuracy"].between(0, 1).all()
+    assert done.frame([PDIFF]).equals(frame[frame.method == PDIFF].reset_index(drop=True))
+
+
+def similarity_plain(a: np.ndarray, b: np.ndarray) -> float:
+    """Eq. 7, of two networks."""
+    either = (a | b).sum()
+    return (a & b).sum() / either if either else 1.0
+
+
+def test_accuracy_and_similarity_are_those_of_plain_forwards(done):
+    frame, originals = done.frame(), wrong_plain(done, ORIGINAL)
+    assert 0 < originals.mean() < 1
+    for name, part in frame.groupby("method", sort=False):
+        wrong = wrong_plain(done, name)
+        np.testing.assert_allclose(part.accuracy, 1 - wrong.mean(1), atol=1e-9)
+        pairs = np.array([[similarity_plain(w, o) for o in originals] for w in wrong])
+        distances = np.linalg.norm(
+            done.theta(name).numpy()[:, None].astype(float) - done.zoo.theta.numpy()[None], axis=2
+        )
+        if name == ORIGINAL:  # an original is no neighbour of itself
+            np.fill_diagonal(pairs, -1)
+            np.fill_diagonal(distances, np.inf)
+        np.testing.assert_allclose(part.max_similarity, pairs.max(1), rtol=1e-6)
+        np.testing.assert_allclose(pairs[range(len(part)), part.nearest], pairs.max(1))
+        np.testing.assert_allclose(part.distance, distances.min(1), rtol=1e-4, atol=1e-6)
+
+
+def test_methods_give_what_their_names_say(done):
+    theta = done.zoo.theta
+    torch.testing.assert_close(done.theta(AVERAGE), theta.mean(0, keepdim=True))
+    assert torch.equal(done.theta(ORIGINAL), theta) and (theta.diff(dim=0) != 0).any(1).all()
+    for name in METHODS:
+        assert done.theta(name).shape == (METHODS[name], done.subset.numel)
+    frame = done.frame([ORIGINAL, "copies"])
+    copies = frame[frame.method == "copies"]
+    assert (copies.max_similarity == 1).all() and (copies.distance == 0).all()
+    assert (frame[frame.method == ORIGINAL].distance > 0).all()
+
+
+def test_summary_is_the_mean_of_the_frame(done):
+    frame, summary = done.frame(), done.summary()
+    assert summary.n_models.to_dict() == {**METHODS, "copies": 4}
+    by_method = frame.groupby("method", sort=False)
+    for column, expected in {
+        "mean": by_method.accuracy.mean(),
+        "best": by_method.accuracy.max(),
+        "max_similarity": by_method.max_similarity.mean(),
+        "distance": by_method.distance.mean(),
+    }.items():
+        np.testing.assert_allclose(summary[column], expected, rtol=1e-6)
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("computed although it was kept")
+
+
+# Every training goes through training.loop.
+COMPUTING = [(training, "loop"), (evaluate, "wrong"), (autoencoder, "fit"), (denoiser, "fit"), (pdiff.PDiff, "sample")]
+
+
+def test_a_second_experiment_computes_nothing(done, folder, monkeypatch):
+    for module, name in COMPUTING:
+        monkeypatch.setattr(module, name, forbidden)
+    again = experiment(folder)
+    again.add("copies", Copies())
+    pd.testing.assert_frame_equal(again.frame(), done.frame(), check_exact=True)
+    assert again.store.seconds.keys() >= {"network", "zoo", "autoencoder", "denoiser", "generated", "predictions"}
+    assert torch.equal(again.training_losses, done.training_losses) and len(again.training_losses) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, stages",
+    [
+        ({"samples": 3}, {"generated", "predictions"}),
+        ({"sampler": "ddim"}, {"generated", "predictions"}),
+        ({"diffusion_steps": 4}, {"denoiser", "generated", "predictions"}),
+        ({"ae_steps": 4}, {"autoencoder", "denoiser", "generated", "predictions"}),
+    ],
+)
+def test_a_setting_recomputes_what_depends_on_it(done, folder, changes, stages):
+    before = {p for p in folder.rglob("*.safetensors")}
+    experiment(folder, **changes).frame([PDIFF])
+    new = {p for p in folder.rglob("*.safetensors")} - before
+    assert {p.parent.name for p in new} == stages
+    for p in new:
+        p.unlink()
+
+
+def test_a_seed_changes_the_networks(done, tmp_path):
+    other, same = experiment(tmp_path / "a", seed=1), experiment(tmp_path / "b")
+    assert torch.equal(same.zoo.theta, done.zoo.theta)
+    assert not torch.equal(other.zoo.theta, done.zoo.theta)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dataset": "digitz"}, "data 'digitz' is unknown; did you mean digits"),
+        ({"network": "resnet19"}, "network 'resnet19' is unknown"),
+        ({"subset": "layer9.*"}, r"'layer9.\*' matches no parameter"),
+        ({"subset": "last_norms:99"}, "last_norms:99.*normalisation layers"),
+        ({"subset": "last_norms:x"}, "N at least 1"),
+        ({"network": "mlp-mini"}, "image_size = 32: mlp-mini takes 64x64"),
+        ({"image_size": 4, "network": "convnext_atto"}, "shape"),
+        ({"train_images": 401}, "train_images = 401"),
+        ({"image_channels": 2}, "image_channels is 2"),
+        ({"network": "hyperrep-cnn", "pretrained": True}, "pretrained"),
+        ({"weights": "absent.safetensors"}, "no such file"),
+        ({"sampler": "ddim", "sampling_steps": 11}, "11"),
+        ({"denoiser_channels": [2, 3, 4]}, "denoiser_channels|channels"),
+        ({"beta_1": 2.0}, "beta_1 is 2.0"),
+        ({"k_checkpoints": 1}, "k_checkpoints is 1"),
+        ({"ae_batch": 1}, "ae_batch is 1"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_said_before_any_training(tmp_path, monkeypatch, changes, message):
+    for module, name in COMPUTING:
+        monkeypatch.setattr(module, name, forbidden)
+    with pytest.raises(ValueError, match=message):
+        experiment(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_of_another_kind_than_a_network_takes(tmp_path):
+    with pytest.raises(ValueError, match="takes 64x64"):
+        experiment(tmp_path, network="mlp-mini")
+    e = experiment(tmp_path, network="mlp-mini", image_size=64, image_channels=3)
+    assert e.images.channels == 3 and e.images.x_train.shape == (100, 3, 8, 8)
+
+
+def test_methods_by_name(done):
+    for ask in (done.fitted, done.theta, done.wrong, lambda name: done.frame([name])):
+        with pytest.raises(ValueError, match="no method 'pdiff': expected one of .*p-diff"):
+            ask("pdiff")
+    for name in (PDIFF, ORIGINAL, "copies"):
+        with pytest.raises(ValueError, match="already"):
+            done.add(name, Copies())
+
+
+def test_a_users_method_is_checked(done):
+    class Broken(Copies):
+        def sample(self, n, generator=None):
+            return self.theta[:n] * float("nan")
+
+    class Short(Copies):
+        def sample(self, n, generator=None):
+            return self.theta[:n, 1:]
+
+    for method, message in ((Broken, "NaN or infinity in 4 of 4"), (Short, "expected .vectors")):
+        done.methods["own"] = method()
+        done._fitted.pop("own", None)
+        with pytest.raises(ValueError, match=message):
+            done.theta("own")
+        del done.methods["own"]
+
+
+def test_an_interrupted_training_does_not_change_the_next(done, tmp_path, monkeypatch):
+    e = experiment(tmp_path)
+
+    def interrupted(net, *args, train=zoo.train, **kwargs):
+        train(net, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(zoo, "train", interrupted)
+        e.net
+    assert torch.equal(e.subset.flatten(e.net), done.subset.flatten(done.net))

@@ -1,0 +1,280 @@
+"""pdiff.py, autoencoder.py, denoiser.py: Eq. 5 and 6 by hand, the authors' layers, the paper's defaults."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pdiff_lib import autoencoder, denoiser, pdiff
+from pdiff_lib.autoencoder import Autoencoder, noisy_reconstruction_loss
+from pdiff_lib.denoiser import Denoiser, noise_loss, sinusoidal
+from pdiff_lib.diffusion import Schedule
+from pdiff_lib.pdiff import PDiff
+from pdiff_lib.runs import Store
+
+SMALL = dict(ae_channels=(8, 8, 4), latent_dim=6, ae_steps=3, denoiser_channels=(8, 16, 8), T=20, diffusion_steps=3,
+             progress=False)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def zoo(k=40, d=96, seed=0):
+    """Raw vectors along one direction, away from zero, each tensor at its own scale; a little noise."""
+    g = seeded(seed)
+    scale = torch.cat([torch.full((d // 2,), 0.1), torch.full((d - d // 2,), 4.0)])
+    direction, along = torch.randn(d, generator=g), torch.randn(k, 1, generator=g)
+    return scale * (1 + along * direction + 0.05 * torch.randn(k, d, generator=g))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return PDiff((48, 48), **SMALL).fit(zoo())
+
+
+def channels(module, kind):
+    return [(m.in_channels, m.out_channels) for m in module.modules() if isinstance(m, kind)]
+
+
+# ---------------------------------------------------------------- the autoencoder (Eq. 5)
+
+def test_autoencoder_has_the_authors_layers():
+    ae = Autoencoder(2048)
+    down, up = (64, 128, 256, 256, 32), (32, 256, 256, 128, 64, 64)
+    assert channels(ae.encoder, nn.Conv1d) == [(1, 64), *zip(down, down[1:])]
+    assert channels(ae.decoder, nn.ConvTranspose1d) == [*zip(up, up[1:])]
+    assert channels(ae.decoder, nn.Conv1d) == [(64, 1)]
+    convs = [m for m in ae.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))]
+    assert {m.kernel_size for m in convs} == {(7,)} and [m.stride for m in convs] == [(2,)] * 10 + [(1,)]
+    linear = [(m.in_features, m.out_features) for m in ae.modules() if isinstance(m, nn.Linear)]
+    assert sorted(linear) == sorted([(32 * 2048 // 32, 128), (128, 128), (128, 32 * 2048 // 32)])
+    kinds = [sum(isinstance(m, kind) for m in part.modules()) for part in (ae.encoder, ae.decoder)
+             for kind in (nn.BatchNorm1d, nn.LeakyReLU, nn.ELU)]
+    assert kinds == [5, 5, 0, 5, 0, 5]
+
+
+@pytest.mark.parametrize("numel, layers, padded", [(2048, 5, 2048), (100, 5, 128), (1, 2, 64), (65, 1, 128),
+                                                   (3, 7, 128)])
+def test_any_length_goes_through_the_autoencoder(numel, layers, padded):
+    ae = Autoencoder(numel, 5, (4,) * layers).eval()
+    v = torch.randn(3, numel, generator=seeded())
+    assert ae.padded == padded and ae.encode(v).shape == (3, 5) and ae.decode(ae.encode(v)).shape == (3, numel)
+    zeros = F.pad(v, (0, padded - numel))[:, None]
+    assert torch.equal(ae.encode(v), ae.encoder(zeros))
+
+
+@pytest.mark.parametrize("sigma_v, sigma_z", [(0.0, 0.0), (0.7, 0.0), (0.0, 0.5), (0.7, 0.5)])
+def test_reconstruction_loss_is_against_the_noisy_input(sigma_v, sigma_z):
+    ae, v, g = Autoencoder(70, 4, (4, 4)).eval(), torch.randn(5, 70, generator=seeded()), seeded(1)
+    noisy = v + sigma_v * torch.randn(5, 70, generator=g)
+    rebuilt = ae.decode(ae.encode(noisy) + sigma_z * torch.randn(5, 4, generator=g))
+    loss = noisy_reconstruction_loss(ae, v, sigma_v, sigma_z, seeded(1)).item()
+    assert loss == pytest.approx(((rebuilt - noisy) ** 2).sum().item() / (5 * 70), rel=1e-5)
+    against_clean = ((rebuilt - v) ** 2).mean().item()
+    assert (abs(loss - against_clean) > 0.05) == (sigma_v > 0)
+
+
+# ---------------------------------------------------------------- the denoiser (Eq. 6)
+
+def test_denoiser_has_the_authors_layers():
+    net, widths = Denoiser(), (1, 64, 128, 256, 512, 256, 128, 64, 1)
+    assert channels(net, nn.Conv1d) == [*zip(widths, widths[1:])]
+    assert {(c.kernel_size, c.stride, c.padding) for c in net.convs} == {((7,), (1,), (3,))}
+    assert [(m.in_features, m.out_features) for m in net.time if isinstance(m, nn.Linear)] == [(256, 128), (128, 128)]
+    assert net(torch.zeros(2, 128), torch.tensor([0, 999])).shape == (2, 128)
+
+
+@pytest.mark.parametrize("widths", [(5,), (4, 4), (4, 6, 4), (4, 6, 6, 4), (3, 4, 5, 4, 3)], ids=str)
+def test_skips_join_layers_mirrored_about_the_middle(widths):
+    net, depth = Denoiser(9, widths).eval(), len(widths)
+    x, t = torch.randn(2, 9, generator=seeded()), torch.tensor([3, 700])
+    time, out = net.time(sinusoidal(t))[:, None], []
+    for i in range(depth):
+        h = F.elu(net.norms[i](net.convs[i]((out[-1] if out else x[:, None]) + time)))
+        mirrored = depth - 1 - i
+        out.append(h + out[mirrored] if mirrored < i else h)
+    torch.testing.assert_close(net(x, t), net.convs[depth](out[-1] + time)[:, 0])
+
+
+def test_denoiser_must_be_symmetric():
+    for make in (lambda: Denoiser(4, (8, 16)), lambda: PDiff(denoiser_channels=[8, 16])):
+        with pytest.raises(ValueError, match=r"denoiser_channels is \[8, 16\]: expected a symmetric list"):
+            make()
+
+
+def test_sinusoidal_features_tell_every_step_apart():
+    features = sinusoidal(torch.arange(1000))
+    for j, want in ((0, math.sin(7)), (128, math.cos(7)), (64, math.sin(7 / 100)), (192, math.cos(7 / 100))):
+        assert float(features[7, j]) == pytest.approx(want, abs=1e-5)
+    assert torch.cdist(features, features).fill_diagonal_(9).min() > 0.1
+
+
+def test_noise_loss_is_equation_6():
+    net, schedule = Denoiser(5, (4, 4)).eval(), Schedule(10)
+    z, eps = torch.randn(2, 3, 5, generator=seeded())
+    t = torch.tensor([0, 4, 9])
+    bar = [math.prod(1 - (1e-4 + (2e-2 - 1e-4) * i / 9) for i in range(int(s) + 1)) for s in t]
+    noisy = [math.sqrt(b) * z[i] + math.sqrt(1 - b) * eps[i] for i, b in enumerate(bar)]
+    want = [((net(x[None], t[i : i + 1])[0] - eps[i]) ** 2).sum().item() / 5 for i, x in enumerate(noisy)]
+    assert noise_loss(net, z, t, eps, schedule).tolist() == pytest.approx(want, rel=1e-4)
+
+
+# ---------------------------------------------------------------- p-diff
+
+def test_defaults_are_the_papers():
+    p = PDiff()
+    ae, d = p.ae_settings, p.diffusion_settings
+    assert (ae.ae_channels, ae.latent_dim, ae.ae_steps, ae.ae_lr) == ((64, 128, 256, 256, 32), 128, 500, 2e-5)
+    assert (ae.ae_batch, ae.sigma_v, ae.sigma_z) == (50, 0.001, 0.1)
+    assert (d.denoiser_channels, d.T, d.beta_range) == ((64, 128, 256, 512, 256, 128, 64), 1000, "fixed")
+    assert (d.diffusion_steps, d.diffusion_lr, d.standardise_latents) == (1000, 1e-4, False)
+    assert (p.sampling.sampler, p.sampling.sampling_steps) == ("ddpm", 0)
+    assert p.schedule.T == 1000 and float(p.schedule.beta[0]) == 1e-4 and float(p.schedule.beta[-1]) == 0.02
+
+
+def test_shapes_and_types(fitted):
+    samples = fitted.sample(7, seeded())
+    assert samples.shape == (7, 96) and samples.dtype == torch.float32 and torch.isfinite(samples).all()
+    assert fitted.z.shape == (40, 6) and fitted.ae_losses.shape == (3,) == fitted.diffusion_losses.shape
+    assert not samples.requires_grad and not fitted.ae.training and not fitted.denoiser.training
+    assert torch.equal(fitted.encode(zoo()), fitted.z)
+
+
+def test_a_trained_autoencoder_beats_the_mean_and_samples_lie_near_the_zoo():
+    theta = zoo()
+    settings = {**SMALL, "ae_steps": 120, "ae_lr": 5e-3, "denoiser_channels": (16, 32, 16), "diffusion_steps": 400,
+                "diffusion_lr": 1e-2}
+    p = PDiff((48, 48), standardise_latents=True, beta_range="rescaled", **settings).fit(theta)
+    v, rebuilt = p.standardise(theta), p.standardise(p.decode(p.encode(theta)))
+    ratio = float((rebuilt - v).square().sum() / (v - v.mean(0)).square().sum())
+    found = p.diagnose(theta, 200, seeded())
+    assert ratio < 0.1 and found["reconstruction_mse"] == pytest.approx(ratio, rel=1e-3)
+    assert found["latent_std"] == pytest.approx(1, abs=1e-3) and 0.5 < found["generated_latent_std"] < 2
+    assert found["loss_high_noise"] < found["loss_mid_noise"] < found["loss_low_noise"] < 1
+    nearest = torch.cdist(p.standardise(p.sample(100, seeded(3))), v).amin(1).median()
+    assert nearest < 0.6 * torch.cdist(v.mean(0, keepdim=True), v).median()
+
+
+def test_diagnose_is_finite_before_any_success(fitted):
+    found = fitted.diagnose(zoo(), 5, seeded())
+    assert set(found) == {"reconstruction_mse", "latent_std", "generated_latent_std",
+                          *(f"loss_{level}_noise" for level in ("low", "mid", "high"))}
+    assert all(math.isfinite(x) and x > 0 for x in found.values())
+    assert found["latent_std"] == pytest.approx(float(fitted.z.std()))
+
+
+def test_samples_are_decided_by_the_generator(fitted):
+    state = torch.get_rng_state()
+    a, b, c = (fitted.sample(4, seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(state, torch.get_rng_state())
+    assert torch.cdist(a, a).fill_diagonal_(9).min() > 0
+
+
+def test_training_is_decided_by_its_seed(fitted):
+    again, other = (PDiff((48, 48), pdiff_seed=s, **SMALL).fit(zoo()) for s in (0, 1))
+    want = fitted.sample(3, seeded())
+    assert torch.equal(again.sample(3, seeded()), want) and not torch.equal(other.sample(3, seeded()), want)
+
+
+def test_chunks_do_not_change_what_is_decoded(fitted, monkeypatch):
+    whole = fitted.decode(fitted.z)
+    monkeypatch.setattr(pdiff, "CHUNK", 7)
+    torch.testing.assert_close(fitted.decode(fitted.z), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fitted.encode(zoo()), fitted.z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra, moments, t", [
+    ({}, 5, [20, 15, 10, 5, 0]), ({"sampler": "ddim", "sampling_steps": 4}, 9, [20, 15, 10, 5, 0]),
+    ({"sampler": "ddim", "sampling_steps": 4, "eta": 0.5}, 3, [20, 10, 0]),
+    ({"standardise_latents": True}, 2, [20, 0])],
+    ids=["ddpm", "ddim", "few", "standardised"])
+def test_trajectory_leads_from_noise_to_the_sample(extra, moments, t):
+    p = PDiff((48, 48), **SMALL, **extra).fit(zoo())
+    way = p.trajectory(3, moments, seeded(5))
+    assert way.t == t and way.z.shape == (len(t), 3, 6) and way.theta.shape == (len(t), 3, 96)
+    noise = torch.randn(3, 6, generator=seeded(5))
+    scale = (p.z.std(), p.z.mean()) if extra.get("standardise_latents") else (1.0, 0.0)
+    torch.testing.assert_close(way.z[0], noise * scale[0] + scale[1])
+    torch.testing.assert_close(way.theta[-1], p.sample(3, seeded(5)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(way.theta[1], p.decode(way.z[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_latents_are_standardised_for_the_diffusion_when_asked(monkeypatch):
+    seen, fit = [], denoiser.fit
+    monkeypatch.setattr(denoiser, "fit", lambda z, *args, **kwargs: (seen.append(z), fit(z, *args, **kwargs))[1])
+    raw, scaled = (PDiff((48, 48), standardise_latents=s, **SMALL).fit(zoo()) for s in (False, True))
+    assert torch.equal(seen[0], raw.z) and torch.equal(raw.z, scaled.z)
+    assert abs(float(seen[1].mean())) < 1e-5 and float(seen[1].std()) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(seen[1] * raw.z.std() + raw.z.mean(), raw.z, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("theta, sizes, message", [
+    (torch.zeros(1, 8), None, "theta holds 1 vectors: expected at least 2"),
+    (torch.full((3, 8), math.nan), None, "NaN or infinity in 3 of 3 vectors"),
+    (torch.zeros(8), None, r"theta has shape \[8\]: expected \[vectors, D\]"),
+    (torch.ones(3, 8), (3, 4), "sizes add up to 7: expected 8")], ids=["one", "nan", "1-d", "sizes"])
+def test_fit_refuses_what_is_no_zoo(unchecked, theta, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        PDiff(sizes, **SMALL).fit(theta)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"T": 10, "sampling_steps": 11}, "11 sampling steps: expected at most T=10"),
+    ({"latent": 4}, "unknown setting 'latent'"), ({"k_checkpoints": 4}, "unknown setting 'k_checkpoints'"),
+    ({"T": 0}, "T is 0: expected at least 1")])
+def test_impossible_settings_are_refused_before_training(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PDiff(**settings)
+
+
+def test_sampling_needs_a_fit():
+    for use in (PDiff().sample, PDiff().trajectory):
+        with pytest.raises(ValueError, match="call fit"):
+            use(3)
+
+
+# ---------------------------------------------------------------- what the store keeps
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Which of the two networks have been trained, in order."""
+    names = []
+    for module in (autoencoder, denoiser):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "fit", lambda *args, _fit=module.fit, _name=name, **kwargs: (
+            names.append(_name), _fit(*args, **kwargs))[1])
+    return names
+
+
+def test_a_second_fit_computes_nothing(tmp_path, fitted, trained):
+    theta, store = zoo(), Store(tmp_path)
+    want = fitted.sample(5, seeded())
+    first = PDiff((48, 48), **SMALL).fit(theta, store).sample(5, seeded())
+    assert trained == ["autoencoder", "denoiser"]
+    second = PDiff((48, 48), **SMALL).fit(theta, store)
+    assert trained == ["autoencoder", "denoiser"]
+    assert torch.equal(first, want) and torch.equal(second.sample(5, seeded()), want)
+    assert torch.equal(second.z, fitted.z) and torch.equal(second.ae_losses, fitted.ae_losses)
+
+
+@pytest.mark.parametrize("change, again", [
+    ({"diffusion_lr": 5e-3}, ["denoiser"]), ({"T": 30}, ["denoiser"]), ({"standardise_latents": True}, ["denoiser"]),
+    ({"sampler": "ddim", "eta": 0.3}, []), ({"ae_lr": 1e-3}, ["autoencoder", "denoiser"]),
+    ({"sigma_z": 0.3}, ["autoencoder", "denoiser"]), ({"pdiff_seed": 3}, ["autoencoder", "denoiser"])], ids=str)
+def test_a_setting_computes_its_own_stage_anew(tmp_path, trained, change, again):
+    PDiff((48, 48), **SMALL).fit(zoo(), Store(tmp_path))
+    trained.clear()
+    PDiff((48, 48), **{**SMALL, **change}).fit(zoo(), Store(tmp_path))
+    assert trained == again
+
+
+@pytest.mark.parametrize("theta, sizes", [(zoo(seed=1), (48, 48)), (zoo(), (96,)), (zoo()[:-1], (48, 48))],
+                         ids=["others", "sizes", "fewer"])
+def test_other_checkpoints_are_trained_on_anew(tmp_path, trained, theta, sizes):
+    PDiff((48, 48), **SMALL).fit(zoo(), Store(tmp_path))
+    trained.clear()
+    PDiff(sizes, **SMALL).fit(theta, Store(tmp_path))
+    assert trained == ["autoencoder", "denoiser"]

@@ -1,0 +1,33 @@
+"""The files that install and test the project agree with each other."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parents[1]
+PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+PINS = [*PROJECT["dependencies"], *(p for extra in PROJECT["optional-dependencies"].values() for p in extra)]
+
+
+def test_every_version_is_pinned_once():
+    assert len(PINS) > 20
+    assert [p for p in PINS if not re.fullmatch(r"[a-z0-9_.-]+==[0-9]+(\.[0-9]+)+", p)] == []
+    names = [p.split("==")[0] for p in PINS]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_environment_has_the_versions_of_pyproject():
+    (pip,) = (
+        d["pip"] for d in yaml.safe_load((HERE / "environment.yml").read_text())["dependencies"] if isinstance(d, dict)
+    )
+    assert sorted(p for p in pip if not p.startswith("-e")) == sorted(PINS)
+    assert [p for p in pip if p.startswith("-e")] == ["-e ."]
+
+
+def test_ci_runs_the_makes_tests():
+    lines = [line.strip() for line in (HERE / ".ci" / "run").read_text().splitlines()]
+    assert "make test" in lines and (HERE / ".ci" / "run").stat().st_mode & 0o111
+    recipe = (HERE / "Makefile").read_text().partition("\ntest:")[2].split("\n\n")[0]
+    assert re.search(r"^\t\S+ -m pytest$", recipe, re.M) and re.search(r"^\t.*--nbval.* notebooks$", recipe, re.M)
