@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import nbformat
 import typer
-import yaml
 
 from pdiff_lib import recipe, runs
 
@@ -85,10 +84,12 @@ def run(notebook: Annotated[str, typer.Argument(help="name, number or path")],
     for f in file:
         given |= recipe.load(f)
     own = defaults(path)
-    for name, text in (p.split("=", 1) for p in parameter):
+    for name, _, text in (p.partition("=") for p in parameter):
         # A name or a path is taken as it is written: YAML would make a number of the dataset "001".
-        given[name] = text if isinstance(own.get(name), str) else recipe.number(yaml.safe_load(text))
+        given[name] = text if isinstance(own.get(name), str) else recipe.parse(name, text)
     values = check(path, given)
+    if record and values != check(path, {}):
+        raise ValueError("--record keeps a run at the notebook's own parameters: expected neither -f nor -p with other values")
     sources = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     library = runs.digest([p.read_text() for p in sorted(Path(__file__).parent.glob("*.py"))])
     folder = runs.root() / path.stem / runs.digest([values, sources, library])
@@ -146,8 +147,8 @@ def data():
     from pdiff_lib import data as images
 
     for row in images.catalogue():
-        print(f"{row['name']:<10} {row['classes']:>5} classes  {row['image_size']:<8} {'present' if row['present'] else 'absent':<8} "
-              f"{row['where'] if row['present'] else row['source']}")
+        where = f"present: {row['where']}" if row["present"] else f"absent; from {row['source']}"
+        print(f"{row['name']:<10} {row['classes']:>5} classes  {row['image_size']!s:<10} {where}")
 
 
 @app.command()

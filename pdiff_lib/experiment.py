@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from pdiff_lib import baselines, data, evaluate, networks, pdiff, similarity, subset, training, zoo
+from pdiff_lib import baselines, capture, data, evaluate, networks, pdiff, similarity, subset, training, zoo
 from pdiff_lib.recipe import Recipe
 from pdiff_lib.runs import Store, tensor_digest
 
@@ -114,8 +114,10 @@ class Experiment:
         """The subset's parameters and the accuracy at moments of the base training, denser at its start (Figure 1).
 
         Args:
-            moments: how many, first (untrained) and last included; at most one per step.
+            moments: how many, at least two: first (untrained) and last are included; at most one per step.
         """
+        if moments < 2:
+            raise ValueError(f"moments is {moments}: expected at least 2, the first and the last")
         base, (x, y) = dataclasses.asdict(self.recipe.base), (self.images.x_test, self.images.y_test)
         per_epoch = zoo.steps_per_epoch(len(self.images.x_train), self.recipe.base.base_batch)
         total = per_epoch * self.recipe.base.base_epochs
@@ -139,7 +141,7 @@ class Experiment:
             return {"theta": theta, "accuracy": accuracy}
 
         key = {**self._start, **base, "steps": steps, "names": self.subset.names}
-        stage = self.store.stage("training path", key, compute, code=(zoo.train, evaluate, *STEP))
+        stage = self.store.stage("training path", key, compute, code=(zoo.train, capture, evaluate, *STEP))
         return TrainingPath([s / per_epoch for s in steps], stage["theta"], stage["accuracy"])
 
     @cached_property
@@ -209,7 +211,7 @@ class Experiment:
 
         key = {"net": self.net_digest, "names": self.subset.names, "theta": tensor_digest(theta),
                "images": self.images.digest, "device": self.device.type}
-        return self.store.stage("predictions", key, compute, code=(evaluate,))["wrong"]
+        return self.store.stage("predictions", key, compute, code=(capture, evaluate))["wrong"]
 
     def wrong(self, name: str) -> Bool[Tensor, "M N"]:
         """Which test images the networks of a method get wrong."""

@@ -165,7 +165,8 @@ class PDiff:
         return Trajectory(t, stack, theta)
 
     @torch.no_grad()
-    def diagnose(self, theta: Float[Tensor, "K D"], n: int = 100, generator: torch.Generator | None = None) -> dict[str, float]:
+    def diagnose(self, theta: Float[Tensor, "K D"], n: int = 100,
+                 generator: torch.Generator | None = None) -> dict[str, float]:
         """Where a failing p-diff fails: reconstruction, scale of the latents, denoising error by noise level.
 
         Args:

@@ -200,13 +200,22 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no parameter file {str(path)!r}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
-        raise ValueError(f"{path} is not YAML: {e}") from e
+    values = parse(str(path), path.read_text())
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}: expected 'name: value' lines")
     return {k: number(v) for k, v in values.items()}
+
+
+def parse(name: str, text: str) -> Any:
+    """YAML text as a value, numbers as in `load`.
+
+    Raises:
+        ValueError: not YAML; the message names where it stood, on one line.
+    """
+    try:
+        return number(yaml.safe_load(text))
+    except yaml.YAMLError as e:
+        raise ValueError(f"{name} is not YAML: {' '.join(str(e).split())}") from e
 
 
 def number(value: Any) -> Any:

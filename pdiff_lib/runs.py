@@ -1,8 +1,8 @@
 """What has been computed is kept, and never trusted blindly.
 
 A stage (a trained network, a zoo, an autoencoder, ...) is one safetensors file named by the digest of everything it
-depends on: its settings, the content of its input tensors, its code, the kind of device. Files appear atomically, carry a checksum of
-their tensors, and one process computes a stage while others wait for it. No pickle is ever written or read.
+depends on: its settings, the content of its input tensors, its code, the kind of device. Files appear atomically and
+carry a checksum; one process computes a stage while others wait for it. No pickle is ever written or read.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | N
     path.parent.mkdir(parents=True, exist_ok=True)
     # A clone per tensor: safetensors refuses tensors that share memory.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    meta = {"checksum": tensor_digest(tensors), "note": json.dumps(note or {}, sort_keys=True)}
+    text = json.dumps(note or {}, sort_keys=True)
+    meta = {"checksum": _checksum(tensors, text), "note": text}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         try:
@@ -96,6 +97,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | N
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _checksum(tensors: Mapping[str, Tensor], note: str | None) -> str:
+    return digest([tensor_digest(tensors), note])
 
 
 def _sync(path: str | Path) -> None:
@@ -120,8 +125,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as e:
         raise DamagedFile(f"{path} is not a complete safetensors file ({e}); other formats, pickle among them, "
                           "are refused") from e
-    if meta.get("checksum") != tensor_digest(tensors):
-        raise DamagedFile(f"{path} was altered after it was written: its checksum does not match its tensors")
+    if meta.get("checksum") != _checksum(tensors, meta.get("note")):
+        raise DamagedFile(f"{path} was altered after it was written: its checksum does not match its content")
     return tensors, json.loads(meta["note"])
 
 
@@ -160,7 +165,15 @@ class Store:
 
     def __init__(self, folder: str | Path | None = "default"):
         self.folder = root() / "stages" if folder == "default" else Path(folder) if folder is not None else None
-        self.seconds: dict[str, float] = {}  # what each stage of this session cost when it was computed
+        self._seconds: dict[tuple[str, str], float] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the stages of this session cost when they were computed, summed by name."""
+        total: dict[str, float] = {}
+        for (name, _), seconds in self._seconds.items():
+            total[name] = total.get(name, 0.0) + seconds
+        return total
 
     def stage(self, name: str, key: Mapping[str, Any], compute: Callable[[Checkpoint], dict[str, Tensor]],
               code: tuple = ()) -> dict[str, Tensor]:
@@ -184,7 +197,7 @@ class Store:
             if path.is_file():
                 try:
                     tensors, note = read(path)
-                    self.seconds[name] = note["seconds"]
+                    self._seconds[name, identity] = note["seconds"]
                     return tensors
                 except DamagedFile as e:
                     warnings.warn(f"{e}; computing the stage {name!r} again", stacklevel=2)
@@ -196,7 +209,7 @@ class Store:
             seconds = time.perf_counter() - start
             write(path, tensors, {"name": name, "key": dict(key), "seconds": seconds, **environment()})
             partial.unlink(missing_ok=True)
-            self.seconds[name] = seconds
+            self._seconds[name, identity] = seconds
             return tensors
 
 

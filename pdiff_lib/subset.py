@@ -115,12 +115,13 @@ def _norms_in_forward_order(net: nn.Module) -> list[str]:
         return list(norms)
     called: list[str] = []
     hooks = [m.register_forward_pre_hook(lambda _m, _x, n=n: called.append(n)) for n, m in norms.items()]
-    training, weight = net.training, next(net.parameters())
+    modes, weight = {m: m.training for m in net.modules()}, next(net.parameters())
     try:
         with torch.no_grad():
             net.eval()(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
     finally:
-        net.train(training)
+        for module, training in modes.items():
+            module.training = training
         for h in hooks:
             h.remove()
     return list(dict.fromkeys(called))

@@ -148,3 +148,17 @@ def test_nothing_is_clipped():
 
 def test_randn_takes_the_generators_numbers():
     assert torch.equal(diffusion.randn((2, 3), torch.device("cpu"), seeded(8)), torch.randn(2, 3, generator=seeded(8)))
+
+
+def test_gaussian_denoiser_is_the_best_predictor_of_the_noise():
+    """The regression of eps on x_t over many draws, and no better one: the residual does not correlate with x_t."""
+    schedule, mean, std, n = Schedule(), 1.5, 0.5, 200_000
+    t = torch.full((n,), 300)
+    eps = torch.randn(n, 1, generator=seeded(1))
+    x = schedule.add_noise(mean + std * torch.randn(n, 1, generator=seeded(2)), eps, t)
+    predicted = diffusion.GaussianDenoiser(mean, std, schedule)(x, t)
+    residual = eps - predicted
+    assert abs(float(residual.mean())) < 5 / n**0.5
+    assert abs(float((residual * (x - x.mean())).mean())) < 5 * float(x.std()) / n**0.5
+    slope = ((x - x.mean()) * eps).mean() / x.var()
+    assert float((predicted - predicted.mean()).std() / x.std()) == pytest.approx(float(slope), rel=0.02)

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from pdiff_lib import evaluate, subset
+from pdiff_lib import capture, evaluate, subset
 
 
 def images(count, size=32, channels=3, seed=1):
@@ -28,7 +28,7 @@ def plain(net, sub, theta, x):
 
 @torch.no_grad()
 def ours(net, sub, theta, x):
-    part = evaluate.split(net, sub.names, x)
+    part = capture.split(net, sub.names, x)
     boundary = part.frozen(x)
     return torch.stack([part.rest(sub.unflatten(v), boundary) for v in theta]), part, boundary
 
@@ -167,7 +167,7 @@ def test_vmap_equals_the_loop(make, choice, size):
     net = make()
     sub = subset.select(net, choice)
     theta, x = vectors(net, sub, 5), images(3, size)
-    part = evaluate.split(net, sub.names, x)
+    part = capture.split(net, sub.names, x)
     with torch.no_grad():
         boundary = part.frozen(x)
         together = evaluate._scores(part, sub, theta, boundary)
@@ -203,7 +203,7 @@ def test_prepare_turns_uint8_into_what_the_network_takes(capsys):
 
     got = evaluate.predict(net, sub, theta, x, prepare=prepare, batch_size=2, progress=True)
     assert torch.equal(got, evaluate.predict(net, sub, theta, prepare(x), batch_size=2)) and got.dtype == torch.int64
-    assert "images" in capsys.readouterr().err
+    assert "evaluating" in capsys.readouterr().err
 
 
 class Branching(nn.Module):
@@ -296,3 +296,22 @@ def test_errors_before_any_work(monkeypatch):
         conv = nn.Conv2d(3, 8, 3)
         whole = subset.select(conv, "all")
         predict(conv, whole, vectors(conv, whole), x)
+
+
+class Viewing(nn.Module):
+    """Insists on contiguous tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(144, 5)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def test_a_network_that_insists_on_contiguous_tensors_is_evaluated_in_them():
+    torch.manual_seed(0)
+    net = Viewing().eval()
+    sub = subset.select(net, "head.*")
+    theta, x = vectors(net, sub), images(5, 8)
+    assert torch.equal(evaluate.predict(net, sub, theta, x), plain(net, sub, theta, x).argmax(-1))

@@ -255,3 +255,16 @@ def test_an_interrupted_training_does_not_change_the_next(done, tmp_path, monkey
         m.setattr(zoo, "train", interrupted)
         e.net
     assert torch.equal(e.subset.flatten(e.net), done.subset.flatten(done.net))
+
+
+def test_training_path_ends_at_the_trained_network_and_starts_at_the_untrained(done):
+    path = done.training_path(3)
+    assert path.epochs[0] == 0 and path.epochs[-1] == 1 and path.theta.shape == (len(path.epochs), done.subset.numel)
+    trained = done.subset.flatten(done.net)
+    assert torch.equal(path.theta[-1], trained) and not torch.equal(path.theta[0], trained)
+    x, y = done.images.prepare(done.images.x_test), done.images.y_test
+    with torch.no_grad():
+        right = (done.net(x).argmax(1) == y).double().mean()
+    assert float(path.accuracy[-1]) == pytest.approx(float(right), abs=1e-6)
+    with pytest.raises(ValueError, match="moments is 1"):
+        done.training_path(1)

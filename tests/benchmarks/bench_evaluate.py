@@ -16,7 +16,7 @@ import warnings
 import timm
 import torch
 
-from pdiff_lib import evaluate, subset
+from pdiff_lib import capture, evaluate, subset
 
 IMAGES, SIZE = 64, 224
 CASES = [("resnet18", 20, 12), ("vit_tiny_patch16_224", 20, 12), ("resnet50", 20, 20), ("resnet18", 200, 16)]
@@ -52,14 +52,14 @@ def main(wanted):
         run, repeats = PLAIN[name], 3 if vectors < 100 else 1
         both = [(seconds(lambda: plain(net, sub, theta[:run], x)),
                  seconds(lambda: evaluate.predict(net, sub, theta, x)),
-                 seconds(lambda: evaluate.split(net, sub.names, x)))
+                 seconds(lambda: capture.split(net, sub.names, x)))
                 for _ in range(repeats)]
-        theirs, ours, capture = (statistics.median(t for t, *_ in side) for side in zip(*both))
+        theirs, ours, cutting = (statistics.median(t for t, *_ in side) for side in zip(*both))
         cpu_theirs, cpu_ours, _ = (statistics.median(t for _, t, _ in side) for side in zip(*both))
         scale = vectors / run
         agree = (both[0][0][2] == both[0][1][2][:run]).float().mean()
         note = f"  (plain: {run} vectors, scaled linearly)" if run < vectors else ""
-        times = f"{theirs * scale:10.2f}{ours:9.2f}{capture:11.2f}{theirs * scale / ours:7.1f}x"
+        times = f"{theirs * scale:10.2f}{ours:9.2f}{cutting:11.2f}{theirs * scale / ours:7.1f}x"
         print(f"{name:22}{vectors:8}{times}{cpu_theirs * scale / cpu_ours:7.1f}x{target:7}x  {agree:.4f}{note}",
               flush=True)
 

@@ -1,0 +1,157 @@
+"""Cutting a network in two: what no chosen parameter reaches, and the rest.
+
+The network is captured as a graph (`torch.export`); every node that depends on a chosen parameter belongs to the rest.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+
+class Split(NamedTuple):
+    """A network in two parts: `rest(params, frozen(x))` equals the network with `params` in place of its own."""
+
+    frozen: Callable[[Tensor], tuple[Tensor, ...]]
+    rest: Callable[[dict[str, Tensor], tuple[Tensor, ...]], Tensor]
+    captured: bool = True
+
+
+def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
+    """Cut a network in eval mode.
+
+    Args:
+        net: the network.
+        names: its chosen parameters.
+        example: a batch as the network takes it. The parts are valid for this shape alone, so that control flow which
+            depends on the shape stays right.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export's own
+        program = torch.export.export(net, (example,), strict=False)
+        images, chosen, constants = _inputs(program, net, names)
+        if not _in_place_is_harmless(program.graph, _dependents(program.graph, chosen)):
+            # The empty table only makes operations out of place; decomposing further would change kernels, and with
+            # them the last bits. Not always done: it takes longer than the capture, and slows the frozen part by 9%.
+            program = program.run_decompositions({})
+            images, chosen, constants = _inputs(program, net, names)
+    graph = program.graph
+    _narrow_early(graph, _dependents(graph, chosen))
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    dependent = _dependents(graph, chosen)
+    (scores,) = graph.output_node().args[0]
+    boundary = [n for n in graph.nodes if n not in dependent and n not in constants
+                and any(u in dependent or u.op == "output" for u in n.users)]
+
+    frozen, rest = fx.Graph(), fx.Graph()
+    in_frozen = {images: frozen.placeholder("x")}
+    in_frozen |= {n: frozen.get_attr(n.name) for n in constants}
+    params, handed = rest.placeholder("params"), rest.placeholder("boundary")
+    in_rest = {n: rest.call_function(operator.getitem, (params, name)) for n, name in chosen.items()}
+    in_rest |= {n: rest.get_attr(n.name) for n in constants}
+    in_rest |= {n: rest.call_function(operator.getitem, (handed, i)) for i, n in enumerate(boundary)}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            here, values = (rest, in_rest) if node in dependent else (frozen, in_frozen)
+            values[node] = here.node_copy(node, values.__getitem__)
+    rest.output(in_rest[scores])
+    frozen.output(tuple(in_frozen[n] for n in boundary))
+    for part in (frozen, rest):
+        part.eliminate_dead_code()
+    attributes = {n.name: value for n, value in constants.items()}
+    return Split(fx.GraphModule(attributes, frozen), fx.GraphModule(attributes, rest))
+
+
+def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[str, ...]):
+    """The graph's inputs: the images, the chosen parameters with their names, all others with their values."""
+    names_of = {id(p): n for n, p in net.named_parameters()}  # a tied parameter: one name here, two in the graph
+    graph, chosen = program.graph, {}
+    constants = {n: operator.attrgetter(n.target)(program.graph_module) for n in graph.find_nodes(op="get_attr")}
+    for node, spec in zip(graph.find_nodes(op="placeholder"), program.graph_signature.input_specs):
+        if spec.kind.name == "USER_INPUT":
+            images = node
+        elif spec.kind.name == "PARAMETER":
+            constants[node] = net.get_parameter(spec.target)
+            if names_of[id(constants[node])] in names:
+                chosen[node] = names_of[id(constants.pop(node))]
+        else:
+            constants[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
+    return images, chosen, constants
+
+
+def _writes(node: fx.Node) -> bool:
+    return getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable
+
+
+def _in_place_is_harmless(graph: fx.Graph, dependent: set[fx.Node]) -> bool:
+    """Whether each operation in place overwrites a tensor of its own side that nobody else sees, whole or in part.
+
+    Otherwise one vector could change what the next one is handed, or a change could pass unseen through a view.
+    """
+    for node in filter(_writes, graph.nodes):
+        written, (_, *others) = node.args[0], node.target._schema.arguments
+        if len(written.users) > 1 or (node in dependent) != (written in dependent) or any(a.is_write for a in others):
+            return False
+        schema, tags = getattr(written.target, "_schema", None), getattr(written.target, "tags", ())
+        fresh = schema is not None and not any(r.alias_info for r in schema.returns)
+        if torch.Tag.maybe_aliasing_or_mutating in tags and written.target is not aten.batch_norm.default:
+            fresh = False
+        if not fresh and not _writes(written):
+            return False
+    return True
+
+
+def _dependents(graph: fx.Graph, sources: dict[fx.Node, str]) -> set[fx.Node]:
+    """The nodes that the sources reach, with the sources."""
+    reached = set(sources)
+    for node in graph.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+# Operations that treat all entries along an axis of their first argument alike, unless it is one of the last so many
+# axes. Elementwise operations carry a tag of their own.
+MIXED_AXES = {aten.linear.default: lambda node: 1, aten.layer_norm.default: lambda node: len(node.args[1]),
+              aten.dropout.default: lambda node: 0, aten.contiguous.default: lambda node: 0}
+
+
+def _narrow_early(graph: fx.Graph, dependent: set[fx.Node]) -> None:
+    """Where the rest reads a few entries of an axis (a ViT's head: one token of 197), compute only those.
+
+    The selection moves upstream, through copies of the operations, as far as each of them treats the axis entry by
+    entry; the originals stay for whoever else reads them. Axes count from the end: there broadcasting aligns them.
+    """
+    def narrow(node: fx.Node, axis: int) -> fx.Node:
+        shape = node.meta["val"].shape
+        if len(shape) < -axis or shape[axis] == 1:
+            return node  # broadcast along the axis
+        if (node, axis) not in done:
+            if node in dependent and torch.Tag.pointwise in getattr(node.target, "tags", ()) and not _writes(node):
+                few = graph.node_copy(node, lambda argument: narrow(argument, axis))
+            elif node in dependent and node.target in MIXED_AXES and -axis > MIXED_AXES[node.target](node):
+                few = graph.call_function(node.target, (narrow(node.args[0], axis), *node.args[1:]), node.kwargs)
+            else:
+                few = graph.call_function(aten.slice.Tensor, (node, axis, *window))
+            done[node, axis] = few
+        return done[node, axis]
+
+    readers = [n for n in graph.nodes if n in dependent and n.target in (aten.select.int, aten.slice.Tensor)]
+    for reader in [n for n in readers if len(n.args) > 2]:  # a slice without bounds takes the whole axis
+        source, axis, *window = reader.args
+        shape = source.meta["val"].shape
+        axis %= len(shape)
+        if reader.target is aten.select.int:
+            window = [window[0] % shape[axis], window[0] % shape[axis] + 1]
+        done: dict[tuple[fx.Node, int], fx.Node] = {}  # so that residual branches do not multiply
+        if source in dependent and 2 * len(range(shape[axis])[slice(*window)]) <= shape[axis]:  # else it saves little
+            with graph.inserting_before(reader):
+                few = narrow(source, axis - len(shape))
+            reader.args = (few, axis, 0) if reader.target is aten.select.int else (few, axis)
