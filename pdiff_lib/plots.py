@@ -152,8 +152,9 @@ def lines(frame: pd.DataFrame, x: str, y: str, by: str | None, title: str, *, x_
                         marker={"symbol": SYMBOLS[i % len(SYMBOLS)]}, line={"color": COLOURS[i % len(COLOURS)]})
     fig.update_layout(title=title, width=820, height=430, xaxis_title=x_title, yaxis_title=y_title, legend_title=by,
                       showlegend=by is not None)
-    scales = [{"type": "log", "dtick": 1} if log else {"type": "linear"} for log in (log_x, log_y)]
-    return fig.update_xaxes(scales[0]).update_yaxes(scales[1])
+    # On a logarithmic axis the values themselves are the ticks: they are few and chosen.
+    fig.update_xaxes({"type": "log", "tickvals": sorted(set(frame[x]))} if log_x else {"type": "linear"})
+    return fig.update_yaxes({"type": "log", "dtick": 1} if log_y else {"type": "linear"})
 
 
 def columns(vectors: Mapping[str, Tensor], **more: Sequence) -> pd.DataFrame:
