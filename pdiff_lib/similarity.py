@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-COLUMNS = 65_536  # images per matrix product: bounds the memory of the float copies
+COLUMNS = 2048  # images per matrix product: bounds the memory of the float copies, and keeps them in the cache
 
 
 def iou(wrong_a: Bool[Tensor, "A N"], wrong_b: Bool[Tensor, "B N"]) -> Float[Tensor, "A B"]:
@@ -27,8 +27,15 @@ def iou(wrong_a: Bool[Tensor, "A N"], wrong_b: Bool[Tensor, "B N"]) -> Float[Ten
             raise ValueError(f"wrong predictions are {w.dtype} {list(w.shape)}: expected bool [models, images]")
     if wrong_a.shape[1] != wrong_b.shape[1]:
         raise ValueError(f"wrong predictions over {wrong_a.shape[1]} and {wrong_b.shape[1]} images: expected the same images")
-    both = sum(a.float() @ b.float().T for a, b in zip(wrong_a.split(COLUMNS, 1), wrong_b.split(COLUMNS, 1)))
-    either = wrong_a.sum(1, keepdim=True) + wrong_b.sum(1) - both
+    size_a, size_b = wrong_a.new_zeros(len(wrong_a), dtype=torch.float32), wrong_b.new_zeros(len(wrong_b), dtype=torch.float32)
+    both = torch.zeros(len(wrong_a), len(wrong_b), device=wrong_a.device)
+    for a, b in zip(wrong_a.split(COLUMNS, 1), wrong_b.split(COLUMNS, 1)):
+        left = a.float()
+        right = left if wrong_b is wrong_a else b.float()  # the conversion costs as much as the product
+        both.addmm_(left, right.T)
+        size_a += left.sum(1)
+        size_b += right.sum(1)
+    either = size_a[:, None] + size_b - both
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
