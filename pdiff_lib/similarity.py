@@ -88,6 +88,6 @@ def outside_span(theta: Float[Tensor, "M D"], originals: Float[Tensor, "K D"]) -
     basis = basis[singular > singular[0] * 1e-6]
     outside = deviation - deviation @ basis.T @ basis
     length = deviation.norm(dim=1)
-    # The mean itself deviates by rounding alone, and has no direction to speak of.
-    tiny = length <= 1e-6 * (originals.double() - mean).norm(dim=1).mean()
+    # The mean itself deviates by float32 rounding alone, and has no direction to speak of.
+    tiny = length <= 1e-6 * originals.double().norm(dim=1).mean()
     return torch.where(tiny, 0.0, outside.norm(dim=1) / length.clamp(min=1e-300)).float()
