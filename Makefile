@@ -19,5 +19,5 @@ bench: .venv/installed  ## ratios against the plain way
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,cluster]'
 	touch $@

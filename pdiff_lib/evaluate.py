@@ -24,33 +24,97 @@ from pdiff_lib.subset import Subset, check
 VMAP_ON_CUDA = 16  # vectors per vmap on a GPU, where one vector's rest is too small to fill it
 
 
-def predict(
-    net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"], *,
-    prepare: Callable[[Tensor], Tensor] | None = None, batch_size: int = 256, vectors_at_once: int | None = None,
-    device: torch.device | str | None = None, progress: bool = False,
-) -> Int64[Tensor, "M N"]:
-    """The class that each parameter vector gives to each image.
+class Evaluator:
+    """Predictions over the same images, for as many parameter vectors and calls as there are: the network is captured once
+    (0.2 to 1 s), and what is frozen is computed once, as long as it fits into `keep`.
 
-    Capturing the network takes 0.2 to 1 s per call, and again for a last batch of another length: hand all vectors over
-    in one call (one vector alone is not worth a capture and runs the whole network). A network that cannot be captured
-    runs whole for every vector, with a warning that says why.
-    The network works on a copy, in eval mode and with its own running statistics; `net` itself is not touched.
+    One vector alone is not worth a capture: it runs the whole network, unless a capture is there already. A network that
+    cannot be captured runs whole for every vector, with a warning that says why. The network works on a copy, in eval mode
+    and with its own running statistics; `net` itself is not touched, and later changes to it are not seen.
 
     Args:
         net: the network; returns class scores [n, classes].
-        sub: which of its parameters `theta` holds.
-        theta: parameter vectors, raw.
+        sub: which of its parameters the vectors hold.
         x: images, as `prepare` takes them (uint8, say), or as the network does where there is no `prepare`.
         prepare: from a batch of images on the device to what the network takes (resizing, normalising).
-        batch_size: images at a time; with `vectors_at_once`, what memory depends on.
+        batch_size: images at a time, at most; with `vectors_at_once` and `keep`, what memory depends on.
         vectors_at_once: vectors that share one vmap over the rest; None takes 1 (a loop) on the CPU and 16 on CUDA.
         device: where to compute; None takes that of the network's parameters.
         progress: show a progress bar over the batches.
+        keep: bytes on the device that frozen results may take between calls; 0 keeps none.
 
-    Returns:
-        Class indices on the CPU; the first of equal scores. Equal to running the whole network for every vector up to
-        rounding: `split` alone is equal bit for bit where the same kernels run (not under vmap, nor for a matrix product
-        over fewer tokens); the channels-last layout used here changes scores by about 1e-7 of their size.
+    Raises:
+        ValueError: the arguments do not fit each other or the network.
+    """
+
+    def __init__(self, net: nn.Module, sub: Subset, x: Shaped[Tensor, "N C H W"], *,
+                 prepare: Callable[[Tensor], Tensor] | None = None, batch_size: int = 256,
+                 vectors_at_once: int | None = None, device: torch.device | str | None = None, progress: bool = False,
+                 keep: int = 1 << 30):
+        device = torch.device(device) if device is not None else next(net.parameters()).device
+        _check(net, sub, x, device, batch_size=batch_size, vectors_at_once=vectors_at_once)
+        self.net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+        self.sub, self.x, self.prepare, self.device, self.progress, self.keep = sub, x, prepare, device, progress, keep
+        # Batches of one size, so that one capture serves them all; the last is filled up with images that are not counted.
+        self.batch = -(-len(x) // -(-len(x) // batch_size))
+        self.vectors_at_once = vectors_at_once or (VMAP_ON_CUDA if device.type == "cuda" else 1)
+        self.part: Split | None = None
+        self.kept: dict[int, tuple[Tensor, ...]] = {}
+        with torch.no_grad():
+            self.layout = _fast_layout(self.net, _try_one_image(self.net, x, lambda: self._images(0, 1)))
+
+    def _images(self, start: int, size: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+        batch = self.x[start:start + size]
+        batch = torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])]).to(self.device)
+        batch = self.prepare(batch) if self.prepare else batch
+        return batch.contiguous(memory_format=layout) if batch.ndim == 4 else batch
+
+    def _boundary(self, start: int, part: Split) -> tuple[Tensor, ...]:
+        """What the frozen part hands over for the batch at `start`."""
+        if start in self.kept:
+            return self.kept[start]
+        boundary = part.frozen(self._images(start, self.batch, self.layout))
+        size = sum(t.nbytes for t in boundary) * -(-len(self.x) // self.batch)
+        if part.captured and size <= self.keep:
+            self.kept[start] = boundary
+        return boundary
+
+    @torch.no_grad()
+    def predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
+        """The class that each parameter vector gives to each image, on the CPU; the first of equal scores.
+
+        Equal to running the whole network for every vector up to rounding: `split` alone is equal bit for bit where the
+        same kernels run (not under vmap, nor for a matrix product over fewer tokens); the channels-last layout used here
+        changes scores by about 1e-7 of their size.
+
+        Raises:
+            ValueError: vectors of another length, or with NaN or infinity.
+        """
+        check(theta, self.sub.numel, at_least=1)
+        theta = theta.detach().to(self.device, self.net.get_parameter(self.sub.names[0]).dtype)
+        if self.part is None and len(theta) > 1:
+            self.part = _split_or_whole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
+        part = self.part or _whole(self.net)
+        chunks = theta.split(self.vectors_at_once if part.captured else 1)
+        predictions = torch.empty(len(theta), len(self.x), dtype=torch.int64)
+        for start in tqdm(range(0, len(self.x), self.batch), desc="evaluating", unit="batch", leave=False,
+                          disable=not self.progress):
+            boundary, n = self._boundary(start, part), min(self.batch, len(self.x) - start)
+            rows = [_scores(part, self.sub, chunk, boundary).argmax(-1) for chunk in chunks]
+            predictions[:, start:start + n] = torch.cat(rows)[:, :n].cpu()
+        return predictions
+
+
+def predict(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"],
+            **how) -> Int64[Tensor, "M N"]:
+    """The class that each parameter vector gives to each image: `Evaluator.predict`, once.
+
+    Hand all vectors over in one call, or keep an `Evaluator`. Memory depends on the batch alone.
+
+    Args:
+        net, sub, x: as for `Evaluator`.
+        theta: parameter vectors, raw.
+        **how: the keywords of `Evaluator`.
 
     Raises:
         ValueError: the arguments do not fit each other or the network, or hold NaN or infinity.
@@ -58,31 +122,7 @@ def predict(
     Source: how the paper evaluates generated networks (Section 3.1: 200 per experiment); the cut is ours.
     """
     check(theta, sub.numel, at_least=1)
-    device = torch.device(device) if device is not None else next(net.parameters()).device
-    _check(net, sub, x, device, batch_size=batch_size, vectors_at_once=vectors_at_once)
-    net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
-    vectors_at_once = vectors_at_once or (VMAP_ON_CUDA if device.type == "cuda" else 1)
-    theta = theta.detach().to(device, net.get_parameter(sub.names[0]).dtype)
-
-    def batch_from(start: int, size: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-        batch = x[start:start + size].to(device)
-        batch = prepare(batch) if prepare else batch
-        return batch.contiguous(memory_format=layout) if batch.ndim == 4 else batch
-
-    predictions = torch.empty(len(theta), len(x), dtype=torch.int64)
-    parts: dict[torch.Size, Split] = {}
-    with torch.no_grad():
-        layout = _fast_layout(net, _try_one_image(net, x, lambda: batch_from(0, 1)))
-        for start in tqdm(range(0, len(x), batch_size), desc="evaluating", unit="batch", leave=False, disable=not progress):
-            batch = batch_from(start, batch_size, layout)
-            if batch.shape not in parts:
-                parts[batch.shape] = _split_or_whole(net, sub.names, batch) if len(theta) > 1 else _whole(net)
-            part = parts[batch.shape]
-            boundary = part.frozen(batch)
-            chunks = theta.split(vectors_at_once if part.captured else 1)
-            rows = [_scores(part, sub, chunk, boundary).argmax(-1) for chunk in chunks]
-            predictions[:, start:start + len(batch)] = torch.cat(rows).cpu()
-    return predictions
+    return Evaluator(net, sub, x, **{"keep": 0, **how}).predict(theta)
 
 
 def wrong(

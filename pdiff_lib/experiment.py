@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from pdiff_lib import baselines, capture, data, evaluate, networks, pdiff, similarity, subset, training, zoo
@@ -66,7 +66,7 @@ class Experiment:
         self.methods: dict[str, Any] = self._methods()
         self._fitted: dict[str, Any] = {}
         self._theta: dict[str, Tensor] = {}
-        self._wrong: dict[str, Tensor] = {}
+        self._predictions: dict[str, Tensor] = {}
 
     @property
     def title(self) -> str:
@@ -201,23 +201,36 @@ class Experiment:
             self._theta[name] = stage["theta"].cpu()
         return self._theta[name]
 
-    def wrong_of(self, theta: Float[Tensor, "M D"]) -> Bool[Tensor, "M N"]:
-        """Which test images any parameter vectors get wrong (stage "predictions")."""
-        x, y = self.images.x_test, self.images.y_test
+    @cached_property
+    def evaluator(self) -> evaluate.Evaluator:
+        """The trained network over the test images, captured once for all methods."""
+        return evaluate.Evaluator(self.net, self.subset, self.images.x_test, prepare=self.images.prepare,
+                                  device=self.device, progress=self.progress)
+
+    def predictions_of(self, theta: Float[Tensor, "M D"]) -> Integer[Tensor, "M N"]:
+        """The class that any parameter vectors give to each test image (stage "predictions")."""
+        dtype = torch.uint8 if self.images.num_classes <= 256 else torch.int16
 
         def compute(_checkpoint):
-            return {"wrong": evaluate.wrong(self.net, self.subset, theta, x, y, prepare=self.images.prepare,
-                                            device=self.device, progress=self.progress)}
+            return {"predictions": self.evaluator.predict(theta).to(dtype)}
 
         key = {"net": self.net_digest, "names": self.subset.names, "theta": tensor_digest(theta),
                "images": self.images.digest, "device": self.device.type}
-        return self.store.stage("predictions", key, compute, code=(capture, evaluate))["wrong"]
+        return self.store.stage("predictions", key, compute, code=(capture, evaluate))["predictions"]
+
+    def predictions(self, name: str) -> Integer[Tensor, "M N"]:
+        """The class that the networks of a method give to each test image."""
+        if name not in self._predictions:
+            self._predictions[name] = self.predictions_of(self.theta(name))
+        return self._predictions[name]
+
+    def wrong_of(self, theta: Float[Tensor, "M D"]) -> Bool[Tensor, "M N"]:
+        """Which test images any parameter vectors get wrong."""
+        return self.predictions_of(theta) != self.images.y_test.cpu()
 
     def wrong(self, name: str) -> Bool[Tensor, "M N"]:
         """Which test images the networks of a method get wrong."""
-        if name not in self._wrong:
-            self._wrong[name] = self.wrong_of(self.theta(name))
-        return self._wrong[name]
+        return self.predictions(name) != self.images.y_test.cpu()
 
     def frame(self, names: list[str] | None = None) -> pd.DataFrame:
         """A row per network: method, index, accuracy, similarity to the originals and which is nearest.

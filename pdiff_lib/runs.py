@@ -23,24 +23,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pdiff_lib import storage
+from pdiff_lib.storage import root
+
 CHECKPOINT_SECONDS = 30.0  # a kill loses less than a minute of a training loop
 
 
 class DamagedFile(ValueError):
     """A file that is not what was written: cut short, altered, or not safetensors at all."""
-
-
-def root() -> Path:
-    """The folder of all runs: `$PDIFF_RUNS`, or `runs/` beside the package's checkout."""
-    here = Path(__file__).resolve().parent.parent
-    default = (here if (here / "pyproject.toml").is_file() else Path.cwd()) / "runs"
-    return Path(os.environ.get("PDIFF_RUNS") or default)
 
 
 def tensor_digest(tensors: Mapping[str, Tensor] | Tensor) -> str:
@@ -193,8 +190,8 @@ class Store:
         identity = digest([name, dict(key), code_digest(*code)])
         path = self.folder / name / f"{identity}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _waiting(FileLock(path.with_suffix(".lock")), name):
-            if path.is_file():
+        with waiting(FileLock(path.with_suffix(".lock")), f"stage {name!r}"):
+            if path.is_file() or storage.fetch(path):
                 try:
                     tensors, note = read(path)
                     self._seconds[name, identity] = note["seconds"]
@@ -209,16 +206,17 @@ class Store:
             seconds = time.perf_counter() - start
             write(path, tensors, {"name": name, "key": dict(key), "seconds": seconds, **environment()})
             partial.unlink(missing_ok=True)
+            storage.push(path)
             self._seconds[name, identity] = seconds
             return tensors
 
 
-def _waiting(lock: FileLock, name: str) -> AbstractContextManager:
-    """The acquired lock; says so when another process holds it."""
+def waiting(lock: FileLock, what: str) -> AbstractContextManager:
+    """The acquired lock; says so when another process holds it. A lock ends with its process, also when that is killed."""
     try:
         return lock.acquire(timeout=0.1)
     except Timeout:
-        print(f"another process is computing the stage {name!r}: waiting for it")
+        print(f"another process is at work on the {what}: waiting for it")
         return lock.acquire()
 
 
@@ -253,8 +251,19 @@ class Run:
         self.folder = Path(os.environ.get("PDIFF_RUN_DIR") or root() / notebook / digest(self.settings))
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def record(self, numbers: Mapping[str, Any], seconds: Mapping[str, float] | None = None) -> Path:
-        """Write `record.json`: settings, numbers, seconds per stage (as computed, also when read back), where and when."""
+    def record(self, numbers: Mapping[str, Any], seconds: Mapping[str, float] | None = None,
+               networks: pd.DataFrame | None = None) -> Path:
+        """Write `record.json`, and with `networks` (rows of `Experiment.frame`) `networks.parquet`, for tables over many runs.
+
+        Args:
+            numbers: what the notebook found, as JSON.
+            seconds: per stage, as computed, also when it was read back.
+            networks: a row per network.
+        """
+        if networks is not None:
+            temporary = self.folder / f".networks.{os.getpid()}"
+            networks.to_parquet(temporary, index=False)
+            os.replace(temporary, self.folder / "networks.parquet")
         content = {"notebook": self.notebook, "settings": self.settings, "numbers": dict(numbers),
                    "seconds_per_stage": {k: round(v, 2) for k, v in (seconds or {}).items()},
                    "seconds": round(time.perf_counter() - self.start, 1), **environment()}

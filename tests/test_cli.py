@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from pdiff_lib import cli, data, runs
+from pdiff_lib import cli, data, jobs, runs
 
 HERE = Path(cli.__file__).parents[1]
 PARAMETERS = """k_checkpoints = 5          # one of the recipe's
@@ -57,7 +57,7 @@ def pdiff(cwd: Path, *args, module="pdiff_lib.cli") -> subprocess.CompletedProce
 
 
 def test_defaults_are_those_of_the_cell(tiny):
-    assert cli.defaults(tiny) == {
+    assert jobs.defaults(tiny) == {
         "k_checkpoints": 5,
         "dataset": "digits",
         "zoo_lr": 0.1,
@@ -77,16 +77,16 @@ def test_a_parameters_cell_of_anything_but_literals_is_refused(tmp_path, source,
     cell = v4.new_code_cell(source, metadata={"tags": ["parameters"]})
     nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "x.ipynb")
     with pytest.raises(ValueError, match=message):
-        cli.defaults(tmp_path / "x.ipynb")
+        jobs.defaults(tmp_path / "x.ipynb")
     nbformat.write(v4.new_notebook(cells=[]), tmp_path / "x.ipynb")
     with pytest.raises(ValueError, match="no cell tagged 'parameters'"):
-        cli.defaults(tmp_path / "x.ipynb")
+        jobs.defaults(tmp_path / "x.ipynb")
 
 
 def test_given_values_take_the_place_of_the_defaults(tiny):
     given = {"k_checkpoints": 7, "zoo_lr": 1, "loops": [3], "flag": True}
-    values = cli.check(tiny, given)
-    assert values == {**cli.defaults(tiny), "k_checkpoints": 7, "zoo_lr": 1.0, "loops": [3.0], "flag": True}
+    values = jobs.check(tiny, given)
+    assert values == {**jobs.defaults(tiny), "k_checkpoints": 7, "zoo_lr": 1.0, "loops": [3.0], "flag": True}
     assert type(values["zoo_lr"]) is float and type(values["loops"][0]) is float
 
 
@@ -110,19 +110,19 @@ BAD = [
 @pytest.mark.parametrize("given, message", BAD)
 def test_what_cannot_be_is_refused(tiny, unchecked, given, message):
     with pytest.raises(ValueError) as e:
-        cli.check(tiny, given)
+        jobs.check(tiny, given)
     assert message in str(e.value)
 
 
 def test_find(tiny, monkeypatch):
     quickstart = HERE / "notebooks" / "00_quickstart.ipynb"
-    assert cli.find("00_quickstart") == cli.find("00") == cli.find(str(quickstart)) == quickstart
-    assert cli.find(str(tiny)) == tiny
+    assert jobs.find("00_quickstart") == jobs.find("00") == jobs.find(str(quickstart)) == quickstart
+    assert jobs.find(str(tiny)) == tiny
     for name in ("99", "nothing.ipynb", ""):
-        monkeypatch.setattr(cli, "NOTEBOOKS", tiny.parent if name == "" else cli.NOTEBOOKS)
+        monkeypatch.setattr(jobs, "NOTEBOOKS", tiny.parent if name == "" else jobs.NOTEBOOKS)
         (tiny.parent / "other.ipynb").touch()
         with pytest.raises(ValueError, match="expected one of .*" + ("tiny" if name == "" else "00_quickstart")):
-            cli.find(name)
+            jobs.find(name)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def here(tiny, monkeypatch, capsys):
 
 
 def folders(notebook: Path) -> list[Path]:
-    return sorted((notebook.parent / "runs" / notebook.stem).glob("*"))
+    return sorted(p for p in (notebook.parent / "runs" / notebook.stem).glob("*") if p.is_dir())
 
 
 def test_a_run_from_start_to_force(tiny, here):
@@ -209,6 +209,7 @@ def test_a_run_from_start_to_force(tiny, here):
     assert record["numbers"] == {"k": 7, "loops": 3.0} and {p.name for p in folder.iterdir()} == {
         "tiny.ipynb",
         "record.json",
+        "parameters.yaml",
     }
 
     assert "already complete" in here("-p", "k_checkpoints", "7") and kernels(tiny) == 1
@@ -255,8 +256,8 @@ def test_record_keeps_the_outputs_in_the_notebook(tiny, here):
 
 
 def test_record_of_other_parameters_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(cli, "_execute", lambda *a: None)
-    monkeypatch.setattr(cli, "_record", lambda *a: None)
+    monkeypatch.setattr(jobs, "execute", lambda *a: None)
+    monkeypatch.setattr(jobs, "record", lambda *a: None)
     monkeypatch.setenv("PDIFF_RUNS", str(tiny.parent / "runs"))
     with pytest.raises(ValueError, match="record"):
         cli.run(str(tiny), [], ["k_checkpoints=7"], record=True)

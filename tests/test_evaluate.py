@@ -1,6 +1,5 @@
 """One pass over the images gives what one whole network per vector gives."""
 
-import inspect
 import warnings
 
 import pytest
@@ -265,8 +264,8 @@ def test_wrong_accuracy_and_summary():
         evaluate.summary(wrong[:, :1])
 
 
-def test_errors_before_any_work(monkeypatch):
-    predict, net = inspect.unwrap(evaluate.predict), mini()  # unwrapped: annotations checked at run time come first
+def test_errors_before_any_work(monkeypatch, unchecked):
+    predict, net = evaluate.predict, mini()
     sub = subset.select(net, "last_norms:1")
     theta, x = vectors(net, sub, 4), images(3, 8)
     monkeypatch.setattr(evaluate, "split", lambda *_: pytest.fail("work began"))
@@ -289,7 +288,7 @@ def test_errors_before_any_work(monkeypatch):
         with pytest.raises(ValueError, match=message):
             predict(net, sub, *arguments, **how)
     with pytest.raises(ValueError, match=r"y has shape \[2\]: expected \[3\]"):
-        inspect.unwrap(evaluate.wrong)(net, sub, theta, x, torch.zeros(2, dtype=torch.long))
+        evaluate.wrong(net, sub, theta, x, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"4.weight of the subset has shape \(8,\): Sequential has None"):
         predict(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), sub, theta, x)
     with pytest.raises(ValueError, match=r"Conv2d returns \[1, 8, 6, 6\] for one image: expected class scores"):
@@ -315,3 +314,27 @@ def test_a_network_that_insists_on_contiguous_tensors_is_evaluated_in_them():
     sub = subset.select(net, "head.*")
     theta, x = vectors(net, sub), images(5, 8)
     assert torch.equal(evaluate.predict(net, sub, theta, x), plain(net, sub, theta, x).argmax(-1))
+
+
+def test_an_evaluator_runs_the_frozen_part_once(monkeypatch):
+    net = mini()
+    sub = subset.select(net, "last_norms:1")
+    theta, x = vectors(net, sub, 5), images(7, 8)
+    expected = plain(net, sub, theta, x).argmax(-1)
+    frozen = []
+    real = evaluate.split
+    monkeypatch.setattr(evaluate, "split", lambda *a: (part := real(*a))._replace(
+        frozen=lambda batch: frozen.append(len(batch)) or part.frozen(batch)))
+    evaluator = evaluate.Evaluator(net, sub, x, batch_size=3)
+    for chosen in (theta, theta[:2], theta[4:]):
+        rows = [int((theta == row).all(1).nonzero()) for row in chosen]
+        assert torch.equal(evaluator.predict(chosen), expected[rows])
+    assert frozen == [3, 3, 3]  # 7 images in 3 batches of one size, once for all calls
+
+    frozen.clear()
+    forgetful = evaluate.Evaluator(net, sub, x, batch_size=3, keep=10)
+    assert torch.equal(forgetful.predict(theta), expected) and torch.equal(forgetful.predict(theta[:2]), expected[:2])
+    assert frozen == [3] * 6 and not forgetful.kept
+
+    net.get_parameter(sub.names[0]).data.zero_()
+    assert torch.equal(evaluator.predict(theta), expected)  # of the network as it was

@@ -14,7 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from pdiff_lib import cli, recipe
+from pdiff_lib import jobs, recipe
 
 HERE = Path(__file__).parents[1]
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
@@ -43,8 +43,8 @@ def test_there_are_notebooks():
 def test_parameters_come_first_and_each_means_something(path):
     cells = code_cells(path)
     assert [i for i, c in enumerate(cells) if "parameters" in tags(c)] == [0]
-    values = cli.defaults(path)  # refuses what is not `name = literal`
-    assert cli.check(path, {}) == values  # the defaults are in range and written as the recipe would
+    values = jobs.defaults(path)  # refuses what is not `name = literal`
+    assert jobs.check(path, {}) == values  # the defaults are in range and written as the recipe would
     used = {
         n.id
         for tree in trees(path)[1:]
@@ -81,7 +81,7 @@ def test_outputs_are_kept_small_and_whole(path):
 def test_parameter_files_fit_their_notebook(file):
     """A file named after a notebook's number (23_...) is for that one, any other for the quickstart."""
     given = recipe.load(file)
-    values = cli.check(cli.find(file.stem[:2] if file.stem[0].isdigit() else "00"), given)
+    values = jobs.check(jobs.find(file.stem[:2] if file.stem[0].isdigit() else "00"), given)
     assert len(given) > 3 and {n: values[n] for n in given} == given
 
 

@@ -327,7 +327,7 @@ def test_two_processes_compute_a_stage_once(tmp_path):
     outputs = [finish(p) for p in [start(tmp_path, TWO, "1"), start(tmp_path, TWO, "2")]]
     assert len((tmp_path / "computed").read_text().split()) == 1
     assert all("[0, 1, 2, 3, 4]" in out for out in outputs)
-    assert sum("another process is computing the stage 's'" in out for out in outputs) == 1
+    assert sum("another process is at work on the stage 's'" in out for out in outputs) == 1
 
 
 TRAINING = """
