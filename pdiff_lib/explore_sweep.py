@@ -1,0 +1,99 @@
+"""The explorer of a table of many runs: any setting against any measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from pdiff_lib import plots
+from pdiff_lib.widget import WRAP, Export, show
+
+COMMITTED = Path(__file__).resolve().parent.parent / "figures" / "cifar10-k-results.parquet"
+METRICS = ["accuracy", "max_similarity", "distance", "outside_span"]
+NETWORK = ["method", "index", "nearest", "run", "step", "PC1", "PC2", *METRICS]  # columns that are no settings
+
+
+def results(path: str = "") -> pd.DataFrame | None:
+    """A table that `pdiff results` wrote; without a path the committed one, None when there is none.
+
+    Raises:
+        ValueError: there is no file at the path.
+    """
+    if path and not Path(path).is_file():
+        raise ValueError(f"results is {path!r}: expected a Parquet file that `pdiff results` wrote")
+    return pd.read_parquet(path or COMMITTED) if path or COMMITTED.is_file() else None
+
+
+def settings(frame: pd.DataFrame) -> list[str]:
+    """The columns of a table of results that are settings; those with more than one value come first."""
+    found = [c for c in frame if c not in NETWORK]
+    return sorted(found, key=lambda c: frame[c].map(str).nunique() == 1)
+
+
+class Sweep(widgets.VBox):
+    """A measure against any setting, a curve per method, a panel per value of another setting.
+
+    Args:
+        frame: a row per network: `method`, `index`, the measures of `Experiment.frame`, and a column per setting.
+        title: what was run, on what, at which scale; without one, the networks and datasets in the table.
+
+    Attributes:
+        table: what is drawn: mean, spread and number of networks by method, x and facet.
+
+    Raises:
+        ValueError: no rows, or columns that are missing.
+    """
+
+    def __init__(self, frame: pd.DataFrame, title: str = ""):
+        missing = [c for c in ("method", *METRICS) if c not in frame]
+        fields = settings(frame)
+        if missing or frame.empty or not fields:
+            raise ValueError(f"{len(frame)} rows of {', '.join(frame)}: expected rows with "
+                             f"{', '.join(missing) or 'the columns of their settings'}")
+        # A setting that is a list (widths of layers, say) is a category.
+        self.frame = frame.assign(**{c: frame[c].map(lambda v: str(list(v)) if isinstance(v, (list, tuple, np.ndarray)) else v)
+                                     for c in fields})
+        self.title = title or ", ".join(str(v) for c in ("network", "dataset") if c in frame for v in frame[c].unique())
+        self.varied = [c for c in fields if self.frame[c].nunique(dropna=False) > 1]
+        self.x = widgets.Dropdown(options=fields, description="x", layout={"width": "260px"})
+        self.y = widgets.Dropdown(options=METRICS, description="y", layout={"width": "260px"})
+        self.facet = widgets.Dropdown(options=["(none)", *fields], description="panels by", layout={"width": "260px"})
+        self.log_x = widgets.Checkbox(False, description="logarithmic x", indent=False, layout={"width": "auto"})
+        self.boxes = {m: widgets.Checkbox(True, description=m, indent=False, layout={"width": "auto", "margin": "0 14px 0 0"})
+                      for m in self.frame.method.unique()}
+        self.note = widgets.HTML()
+        self.figure = go.FigureWidget(self._drawn())
+        for control in (self.x, self.y, self.facet, self.log_x):
+            control.observe(lambda _: show(self.figure, self._drawn()), "value")
+        for box in self.boxes.values():
+            box.observe(self._show_methods, "value")
+        super().__init__([
+            widgets.HBox([self.x, self.y, self.facet, self.log_x], layout=WRAP),
+            widgets.HBox(list(self.boxes.values()), layout=WRAP), self.figure, self.note,
+            Export({"sweep": (self.figure, lambda: self.table)}, "sweep")])
+
+    def _drawn(self) -> go.Figure:
+        x, y, facet = self.x.value, self.y.value, self.facet.value if self.facet.value not in ("(none)", self.x.value) else None
+        by = ["method", x, *([facet] if facet else [])]
+        values = self.frame.assign(accuracy=100 * self.frame.accuracy).groupby(by, sort=False)[y]
+        table = values.agg(["mean", "size"]).assign(spread=values.std(ddof=0)).reset_index().sort_values(x, kind="stable")
+        self.table = table.rename(columns={"mean": y, "size": "n"})
+        pooled = [f"{c} ({self.frame[c].nunique(dropna=False)} values)" for c in self.varied if c not in by]
+        self.note.value = ("Points: mean over networks; bars: their standard deviation."
+                           + (f" Pooled: {', '.join(pooled)}." if pooled else ""))
+        numeric = pd.api.types.is_numeric_dtype(table[x]) and not pd.api.types.is_bool_dtype(table[x])
+        fig = plots.facets(self.table, x, y, facet, f"{plots.LABELS[y]} against {x}<br><sup>{self.title}</sup>",
+                           x_title=plots.LABELS.get(x, x), y_title=plots.LABELS[y],
+                           log_x=self.log_x.value and numeric and bool((table[x] > 0).all()))
+        for trace in fig.data:
+            trace.visible = self.boxes[trace.name].value
+        return fig.update_layout(uirevision=f"{x} {y} {facet} {self.log_x.value}")
+
+    def _show_methods(self, _change) -> None:
+        with self.figure.batch_update():
+            for trace in self.figure.data:
+                trace.visible = self.boxes[trace.name].value

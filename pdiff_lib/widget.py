@@ -1,0 +1,92 @@
+"""What the explorers share: a displayed figure that becomes another one, and the export of figures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import mimetypes
+from collections.abc import Callable
+from pathlib import Path
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from pdiff_lib import runs
+
+WIDE = {"description_width": "initial"}
+WRAP = {"flex_flow": "row wrap", "align_items": "center"}
+
+
+def show(figure: go.FigureWidget, drawn: go.Figure) -> None:
+    """Let a displayed figure become another one: only what differs is set, and sent to the browser."""
+    old, layout = len(figure.data), drawn.layout.to_plotly_json()
+    layout.pop("template", None)  # one for all figures; plotly is slow to set it
+    if len(drawn.data) < old:
+        figure.data = figure.data[:len(drawn.data)]
+    with figure.batch_update():
+        for trace, new in zip(figure.data, drawn.data):
+            trace.update(_differing(trace.to_plotly_json(), new.to_plotly_json()))
+        for axis in set(figure.layout) - set(layout):
+            if axis[1:5] == "axis":
+                figure.layout[axis] = None
+        figure.layout.update(_differing(figure.layout.to_plotly_json(), layout), overwrite=True)
+    if len(drawn.data) > old:
+        figure.add_traces(drawn.data[old:])
+
+
+def _differing(old: dict, new: dict) -> dict:
+    return {k: v for k, v in new.items() if k not in old or not _same(old[k], v)}
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (np.ndarray, list, tuple)) or isinstance(b, (np.ndarray, list, tuple)):
+        a, b = np.asarray(a), np.asarray(b)
+        return a.shape == b.shape and a.dtype == b.dtype and a.dtype != object and a.tobytes() == b.tobytes()
+    return a == b
+
+
+class Export(widgets.HBox):
+    """Write a figure as SVG, PNG or HTML, or its numbers as CSV, and hand the file to the browser.
+
+    Args:
+        figures: the figure and its numbers, by the figure's name.
+        name: what the files' names begin with.
+    """
+
+    def __init__(self, figures: dict[str, tuple[go.FigureWidget, Callable[[], pd.DataFrame]]], name: str):
+        self.figures, self.name = figures, name
+        self.which = widgets.Dropdown(options=list(figures), description="figure", layout={"width": "240px"})
+        self.kind = widgets.Dropdown(options=["svg", "png", "html", "csv"], description="as", layout={"width": "170px"})
+        self.button = widgets.Button(description="Export", tooltip="write the chosen figure to a file")
+        self.link = widgets.HTML()
+        self.button.on_click(self._clicked)
+        super().__init__([self.which, self.kind, self.button, self.link])
+
+    def write(self) -> Path:
+        """The chosen figure in the chosen format, under `runs/exports`."""
+        figure, numbers = self.figures[self.which.value]
+        path = runs.root() / "exports" / f"{self.name}-{self.which.value.replace(' ', '-')}.{self.kind.value}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.kind.value == "csv":
+            numbers().to_csv(path, index=False, float_format="%.6g")
+        elif self.kind.value == "html":
+            go.Figure(figure).write_html(path, include_plotlyjs="cdn")
+        else:
+            go.Figure(figure).write_image(path)
+        return path
+
+    def _clicked(self, _button) -> None:
+        self.link.value = "writing ..."
+        try:
+            path = self.write()
+        except Exception as e:  # no browser to draw with, a full disk: to be read where the button is
+            self.link.value = f"<b>{html.escape(f'{type(e).__name__}: {e}'[:300])}</b>"
+            return
+        # The page may be far from the disk that the file is on, so it carries the file.
+        content = base64.b64encode(path.read_bytes()).decode()
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        self.link.value = f'<a download="{path.name}" href="data:{kind};base64,{content}">{path.name}</a>'
