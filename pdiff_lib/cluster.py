@@ -32,7 +32,10 @@ def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float) -> Iter
     own = {k: os.environ[k] for k in ("PDIFF_STORAGE", "PDIFF_DATA", "PDIFF_RUNS") if k in os.environ}
     if "PDIFF_STORAGE" not in own:
         own["PDIFF_RUNS"] = str(runs.root().resolve())  # without a storage, a folder that all nodes see
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
         ray.init(address=address, runtime_env={"env_vars": own}, log_to_driver=False, logging_level="warning")
     except Exception as e:  # ConnectionError, ValueError, RuntimeError, ...
         raise ValueError(f"no Ray cluster at {address!r} ({e}): start one with 'ray start --head'") from e

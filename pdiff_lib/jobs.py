@@ -159,7 +159,8 @@ def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
     before = os.environ.get("PDIFF_RUN_DIR")
     os.environ["PDIFF_RUN_DIR"] = str(job.folder.resolve())
     try:
-        papermill.execute_notebook(job.notebook, job.unfinished, parameters=job.values, progress_bar=progress, log_output=False)
+        papermill.execute_notebook(job.notebook, job.unfinished, parameters=job.values, progress_bar=progress, log_output=False,
+                                   extra_arguments=["--log-level=ERROR"])  # of the kernel: a sweep shows one line per run
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"{e.ename} in cell {e.exec_count} of {job.notebook.name}: {e.evalue}\nthe traceback is in "
                          f"{job.unfinished}; {kept}") from None

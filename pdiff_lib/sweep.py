@@ -26,7 +26,7 @@ from pdiff_lib import cluster, jobs, recipe, runs, storage
 
 KEYS = ("notebook", "base", "parameters", "grid", "seeds")
 SEEDS = ("seed", "pdiff_seed")  # what `seeds` sets together: all randomness but the choice of the images
-DEATHS = 2  # attempts when a worker or its kernel is killed; a cell that fails is not tried again
+DEATHS = 3  # attempts when a worker or its kernel is killed; a cell that fails is not tried again
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ run = runs.Run("faulty", {"k_checkpoints": k_checkpoints, "seed": seed})""",
          'shared = stage(log, "shared", {"seed": seed}, seconds)',
          'own = stage(log, "own", {"seed": seed, "k": k_checkpoints}, seconds)',
          "assert k_checkpoints != fail_at, 'asked to fail'",
-         """run.record({"sum": float((shared + k_checkpoints * own).sum())})
+         """run.record({"sum": float((shared + k_checkpoints * own).double().sum())})
 note(log, "run", seed, k_checkpoints)"""]
 SUM = 45 * 999 * 500  # of a stage: ten steps i, each adding arange(1000) * i
 
@@ -69,6 +69,10 @@ class Sweep:
             assert time.monotonic() < until, self.said()
             time.sleep(0.05)
 
+    def at_work(self) -> psutil.Process:
+        """The kernel that began a stage last."""
+        return psutil.Process(int(self.lines("start")[-1].split()[4]))
+
     def said(self) -> str:
         return "\n".join(p.read_text() for p in sorted(self.folder.glob("out-*")))
 
@@ -92,14 +96,9 @@ class Sweep:
         if len(stages) != len(self.seeds) * (1 + len(self.ks)):
             wrong.append(f"{len(stages)} files of stages: {stages}")
         for file in stages:
-            if runs.read(file)[0]["sum"].sum() != SUM:
+            if runs.read(file)[0]["sum"].double().sum() != SUM:
                 wrong.append(f"{file} is not what its steps add up to")
         return wrong
-
-
-def workers(sweep: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that execute notebooks: the parents of kernels."""
-    return [p.parent() for p in kernels(sweep)]
 
 
 def kernels(sweep: subprocess.Popen) -> list[psutil.Process]:
