@@ -74,13 +74,14 @@ def sweep(file: SweepFile,
 def results(file: SweepFile,
             to: Annotated[Path | None, typer.Option(help="X.parquet; by default runs/sweeps/NAME.parquet")] = None):
     """The table of all runs of a sweep that are present: X.parquet and X.csv, a row per network."""
+    from pdiff_lib import results as tables
     from pdiff_lib import sweep as sweeps
 
     grid = sweeps.load(file)
-    table = sweeps.results(grid)
-    for path in sweeps.save(table, to or grid.folder / f"{file.stem}.parquet"):
+    table = tables.collect(grid)
+    for path in tables.save(table, to or grid.folder / f"{file.stem}.parquet"):
         print(path)
-    print(sweeps.summary(table).round(4).to_string())
+    print(tables.summary(table).round(4).to_string())
     print(f"{table.attrs['present']} of {len(grid.jobs)} runs are present; {table.attrs['other_code']} of them were made by "
           "another version of the code")
 

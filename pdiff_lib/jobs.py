@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 from collections.abc import Mapping
 from functools import cache, lru_cache
@@ -155,6 +156,7 @@ def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
     import papermill  # a second that no other command needs
     from nbclient.exceptions import DeadKernelError
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its parser takes a "=" in a comment for an unknown parameter
     kept = "stages that were complete are kept, and the next run goes on from there"
     before = os.environ.get("PDIFF_RUN_DIR")
     os.environ["PDIFF_RUN_DIR"] = str(job.folder.resolve())

@@ -1,9 +1,8 @@
-"""A grid of runs of one notebook: on this machine or on a Ray cluster, resumable, and the table of what came out."""
+"""A grid of runs of one notebook: on this machine or on a Ray cluster, and resumable."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import shlex
@@ -17,7 +16,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 import yaml
 from tqdm.auto import tqdm
@@ -234,62 +232,3 @@ def _end_with_the_sweep() -> None:
     # A sweep that is killed leaves no worker behind to go on unseen; kernels end with their workers.
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def results(sweep: Sweep) -> pd.DataFrame:
-    """The runs of a sweep that are present, whichever version of the code made them (the newest counts).
-
-    Returns:
-        A row per network (`Experiment.frame`) or, of notebooks that keep none, a row per run (its numbers); with the
-        parameters that vary, `seconds` and `run` (its folder). `attrs`: `title`, `varied`, `present`, `missing` (labels)
-        and `other_code` (how many runs were made by another version of the code).
-
-    Raises:
-        ValueError: none is present.
-    """
-    folder = sweep.jobs[0].folder.parent
-    storage.fetch_each(folder, ("parameters.yaml", "networks.parquet", "record.json"))
-    found: dict[str, tuple[str, Path, dict[str, Any]]] = {}
-    for file in folder.glob("*/record.json"):
-        record, parameters = json.loads(file.read_text()), file.with_name("parameters.yaml")
-        known = next((job.values for job in sweep.jobs if job.folder.name == file.parent.name), None)  # by plain papermill
-        values = runs.digest(known or (recipe.load(parameters) if parameters.is_file() else {}))
-        found[values] = max(found.get(values, ("",)), (record["created"], file.parent, record))
-    parts, missing, other = [], [], 0
-    for job in sweep.jobs:
-        if (key := runs.digest(job.values)) not in found:
-            missing.append(sweep.label(job))
-            continue
-        _, where, record = found[key]
-        other += where.name != job.folder.name
-        table = where / "networks.parquet"
-        part = pd.read_parquet(table) if table.is_file() else pd.json_normalize(record["numbers"])
-        own = {n: str(v) if isinstance(v := job.values[n], list) else v for n in sweep.varied}
-        parts.append(part.assign(seconds=record["seconds"], run=where.name).assign(**own))
-    if not parts:
-        raise ValueError(f"no run of {sweep.path} is present in {folder}: expected at least one (pdiff sweep {sweep.path})")
-    table = pd.concat(parts, ignore_index=True)
-    table = table[[*sweep.varied, *(c for c in table if c not in sweep.varied)]]
-    fixed = {n: v for n, v in sweep.jobs[0].values.items() if n not in sweep.varied}
-    title = ", ".join(str(fixed[n]) + {"image_size": " px"}.get(n, "") for n in ("network", "dataset", "image_size", "subset")
-                      if n in fixed)
-    table.attrs = {"title": title, "varied": sweep.varied, "present": len(parts), "missing": missing, "other_code": other}
-    return table
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per point of the grid and method: n, accuracy (fractions) and the means of the measures of novelty."""
-    if "method" not in table:
-        return table.set_index(table.attrs["varied"])
-    by = table.groupby([*table.attrs["varied"], "method"], sort=False)
-    return by.agg(n=("accuracy", "size"), mean=("accuracy", "mean"), std=("accuracy", lambda a: a.std(ddof=0)),
-                  best=("accuracy", "max"), max_similarity=("max_similarity", "mean"), distance=("distance", "mean"),
-                  outside_span=("outside_span", "mean"))
-
-
-def save(table: pd.DataFrame, path: Path) -> list[Path]:
-    """Write a table as Parquet (with its `attrs`) and CSV."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(path, index=False)
-    table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
-    return [path, path.with_suffix(".csv")]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from faults import harness
 
-from pdiff_lib import jobs, runs, storage, sweep
+from pdiff_lib import jobs, results, runs, storage, sweep
 
 QUICKSTART = jobs.NOTEBOOKS / "00_quickstart.ipynb"
 
@@ -149,7 +149,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     assert "asked to fail" in text and "Traceback" in text and str(left) in said
 
     monkeypatch.setenv("PDIFF_RUNS", str(s.runs))  # the table of those that are there
-    table = sweep.results(sweep.load(s.file))
+    table = results.collect(sweep.load(s.file))
     assert table.attrs["present"] == 2 and table.attrs["missing"] == ["k_checkpoints=3 seed=0"]
     assert table.attrs["other_code"] == 0 and list(table["k_checkpoints"]) == [2, 4]
     assert list(table["sum"]) == [harness.SUM * 3, harness.SUM * 5]
@@ -193,7 +193,7 @@ def test_a_dry_run_prints_commands_that_do_the_same(tmp_path, monkeypatch):
     environment = s.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(["sh", "-c", lines[1]], check=True, env=environment, capture_output=True, timeout=120)
     monkeypatch.setenv("PDIFF_RUNS", str(s.runs))
-    table = sweep.results(sweep.load(s.file))
+    table = results.collect(sweep.load(s.file))
     assert list(table["k_checkpoints"]) == [3] and table.attrs["missing"] == ["k_checkpoints=2 seed=0"]
     code, said = s.finish()
     assert code == 0 and "2 runs, 1 of them complete" in said and [x.split()[2] for x in s.lines("run")] == ["3", "2"]
@@ -229,25 +229,25 @@ def frame(k: int) -> pd.DataFrame:
 def test_results_have_a_row_per_network_and_take_the_newest(home, monkeypatch):
     grid = sweep.load(written(home, **GOOD | {"grid": {"k_checkpoints": [10, 20, 30], "ae_channels": [[8, 16]]}}))
     with pytest.raises(ValueError, match="no run of .* is present"):
-        sweep.results(grid)
+        results.collect(grid)
     for job, folder in ((grid.jobs[0], grid.jobs[0].folder), (grid.jobs[1], grid.jobs[1].folder.with_name("older-code")),
                         (grid.jobs[1], grid.jobs[1].folder)):
         monkeypatch.setenv("PDIFF_RUN_DIR", str(folder))
         runs.Run("00_quickstart", job.values).record({"x": 1}, networks=frame(job.values["k_checkpoints"]))
         (folder / "parameters.yaml").write_text(yaml.safe_dump(job.values))
         time.sleep(1.1 if folder.name == "older-code" else 0)  # the record's time is in seconds
-    table = sweep.results(grid)
+    table = results.collect(grid)
     assert len(table) == 6 and table.attrs["present"] == 2 and table.attrs["other_code"] == 0
     assert table.attrs["missing"] == [grid.label(grid.jobs[2])] and set(table["ae_channels"]) == {"[8, 16]"}
     assert table.attrs["title"] == "resnet18, digits, 32 px, last_norms:2"
     assert set(table[table.k_checkpoints == 20]["run"]) == {grid.jobs[1].folder.name}
     (grid.jobs[1].folder / "record.json").unlink()
-    assert sweep.results(grid).attrs["other_code"] == 1
+    assert results.collect(grid).attrs["other_code"] == 1
 
-    line = sweep.summary(table).loc[(10, "[8, 16]", "p-diff")]
+    line = results.summary(table).loc[(10, "[8, 16]", "p-diff")]
     assert (line["n"], line["mean"], line["best"], line["max_similarity"]) == (2, 0.5, 0.9, 0.6)
     assert line["std"] == pytest.approx(0.4)
-    parquet, csv = sweep.save(table, home / "t" / "x.parquet")
+    parquet, csv = results.save(table, home / "t" / "x.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(parquet), table)
     assert pd.read_parquet(parquet).attrs == table.attrs and len(pd.read_csv(csv)) == 6
 

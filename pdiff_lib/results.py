@@ -1,0 +1,83 @@
+"""The table of a sweep: what all of its runs that are present have found, a row per network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pdiff_lib import recipe, runs, storage, sweep
+
+
+def collect(grid: sweep.Sweep) -> pd.DataFrame:
+    """The runs of a sweep that are present, whichever version of the code made them (the newest counts).
+
+    Returns:
+        A row per network (`Experiment.frame`) or, of notebooks that keep none, a row per run (its numbers); with the
+        parameters that vary, `seconds` and `run` (its folder). `attrs`: `title`, `varied`, `present`, `missing` (labels)
+        and `other_code` (how many runs were made by another version of the code).
+
+    Raises:
+        ValueError: none is present.
+    """
+    folder = grid.jobs[0].folder.parent
+    storage.fetch_each(folder, ("parameters.yaml", "networks.parquet", "record.json"))
+    found: dict[str, tuple[str, Path, dict[str, Any]]] = {}
+    for file in folder.glob("*/record.json"):
+        record, parameters = json.loads(file.read_text()), file.with_name("parameters.yaml")
+        known = next((job.values for job in grid.jobs if job.folder.name == file.parent.name), None)  # by plain papermill
+        values = runs.digest(known or (recipe.load(parameters) if parameters.is_file() else {}))
+        found[values] = max(found.get(values, ("",)), (record["created"], file.parent, record))
+    parts, missing, other = [], [], 0
+    for job in grid.jobs:
+        if (key := runs.digest(job.values)) not in found:
+            missing.append(grid.label(job))
+            continue
+        _, where, record = found[key]
+        other += where.name != job.folder.name
+        table = where / "networks.parquet"
+        part = pd.read_parquet(table) if table.is_file() else pd.json_normalize(record["numbers"])
+        own = {n: str(v) if isinstance(v := job.values[n], list) else v for n in grid.varied}
+        parts.append(part.assign(seconds=record["seconds"], run=where.name).assign(**own))
+    if not parts:
+        raise ValueError(f"no run of {grid.path} is present in {folder}: expected at least one (pdiff sweep {grid.path})")
+    table = pd.concat(parts, ignore_index=True)
+    table = table[[*grid.varied, *(c for c in table if c not in grid.varied)]]
+    fixed = {n: v for n, v in grid.jobs[0].values.items() if n not in grid.varied}
+    title = ", ".join(str(fixed[n]) + {"image_size": " px"}.get(n, "") for n in ("network", "dataset", "image_size", "subset")
+                      if n in fixed)
+    table.attrs = {"title": title, "varied": grid.varied, "present": len(parts), "missing": missing, "other_code": other}
+    return table
+
+
+def table(source: str | Path) -> pd.DataFrame:
+    """The results of a sweep: of a sweep file the runs that are present (`collect`), of a Parquet file what is in it.
+
+    Raises:
+        ValueError: no such file, or no run is present.
+    """
+    if str(source).endswith((".yaml", ".yml")):
+        return collect(sweep.load(source))
+    if not Path(source).is_file():
+        raise ValueError(f"no table of results {str(source)!r}: expected a sweep file, or a Parquet file from `pdiff results`")
+    return pd.read_parquet(source)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per point of the grid and method: n, accuracy (fractions) and the means of the measures of novelty."""
+    if "method" not in table:
+        return table.set_index(table.attrs["varied"])
+    by = table.groupby([*table.attrs["varied"], "method"], sort=False)
+    return by.agg(n=("accuracy", "size"), mean=("accuracy", "mean"), std=("accuracy", lambda a: a.std(ddof=0)),
+                  best=("accuracy", "max"), max_similarity=("max_similarity", "mean"), distance=("distance", "mean"),
+                  outside_span=("outside_span", "mean"))
+
+
+def save(table: pd.DataFrame, path: Path) -> list[Path]:
+    """Write a table as Parquet (with its `attrs`) and CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path, index=False)
+    table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+    return [path, path.with_suffix(".csv")]
