@@ -14,7 +14,7 @@ import pytest
 import yaml
 from faults import harness
 
-from pdiff_lib import jobs, results, runs, storage, sweep
+from pdiff_lib import cli, jobs, results, runs, storage, sweep
 
 QUICKSTART = jobs.NOTEBOOKS / "00_quickstart.ipynb"
 
@@ -226,7 +226,7 @@ def frame(k: int) -> pd.DataFrame:
                          "max_similarity": [0.9, 0.5, 0.7], "nearest": 0, "distance": 1.0, "outside_span": 0.0})
 
 
-def test_results_have_a_row_per_network_and_take_the_newest(home, monkeypatch):
+def test_results_have_a_row_per_network_and_take_the_newest(home, monkeypatch, capsys):
     grid = sweep.load(written(home, **GOOD | {"grid": {"k_checkpoints": [10, 20, 30], "ae_channels": [[8, 16]]}}))
     with pytest.raises(ValueError, match="no run of .* is present"):
         results.collect(grid)
@@ -250,6 +250,17 @@ def test_results_have_a_row_per_network_and_take_the_newest(home, monkeypatch):
     parquet, csv = results.save(table, home / "t" / "x.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(parquet), table)
     assert pd.read_parquet(parquet).attrs == table.attrs and len(pd.read_csv(csv)) == 6
+    pd.testing.assert_frame_equal(results.table(parquet), table)
+    assert len(results.table(grid.path)) == 6
+    with pytest.raises(ValueError, match="no table of results 'absent.parquet'"):
+        results.table("absent.parquet")
+
+    monkeypatch.setattr(sys, "argv", ["pdiff", "results", str(grid.path)])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    said = capsys.readouterr().out
+    assert not e.value.code and "2 of 3 runs are present; 1 of them were made by another version of the code" in said
+    assert sorted(p.name for p in (home / "runs" / "sweeps").iterdir()) == ["x.csv", "x.parquet"]
 
 
 def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
