@@ -142,6 +142,8 @@ def execute(job: Job, force: bool = False, progress: bool | dict[str, Any] = Tru
     with runs.waiting(FileLock(job.folder.with_suffix(".lock")), f"run {job.folder.name}"):
         if not force and complete(job):
             return job.done
+        for left_by_a_kill in job.folder.glob(".*"):
+            left_by_a_kill.unlink()
         runs.write_text(job.folder / "parameters.yaml", yaml.safe_dump(job.values, sort_keys=False))
         _papermill(job, progress)
         executed = nbformat.read(job.unfinished, as_version=4)

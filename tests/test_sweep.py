@@ -113,7 +113,7 @@ def test_a_killed_worker_and_a_killed_kernel_are_made_good(tmp_path):
     assert int(s.lines("start")[1].split()[3]) > 0, "the other run took the stage over, from its checkpoint"
     harness.kill(s.at_work().parent())
     assert process.wait(120) == 0, s.said()
-    assert s.losses() == [] and s.said().count("killed; it goes on") == 2
+    assert s.losses() == s.again() == [] and s.said().count("killed; it goes on") == 2
 
 
 def test_a_killed_sweep_takes_its_workers_along_and_goes_on_when_started_again(tmp_path):
@@ -136,7 +136,7 @@ def test_two_sweeps_over_one_grid(tmp_path):
     s = harness.Sweep(tmp_path, [2, 3], [0], seconds=0.5)
     both = [s.start("--workers", "1"), s.start("--workers", "1")]
     assert [p.wait(180) for p in both] == [0, 0], s.said()
-    assert s.losses() == []
+    assert s.losses() == s.again() == []
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, small_disk):
     assert all(runs.read(p) for p in small_disk.rglob("*.safetensors") if "partial" not in p.name)
     filler.unlink()
     code, said = s.finish("--workers", "1")
-    assert code == 0 and "2 runs, 1 of them complete" in said and s.losses() == []
+    assert code == 0 and "2 runs, 1 of them complete" in said and s.losses() == s.again() == []
 
 
 def test_a_dry_run_prints_commands_that_do_the_same(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_a_dry_run_prints_commands_that_do_the_same(tmp_path, monkeypatch):
 def test_what_one_machine_made_another_fetches(tmp_path):
     url = f"file://{tmp_path / 'shared'}"
     here = harness.Sweep(tmp_path / "here", [2, 3], [0], seconds=0.1)
-    assert here.finish("--storage", url, "--workers", "1")[0] == 0 and here.losses() == []
+    assert here.finish("--storage", url, "--workers", "1")[0] == 0 and here.losses() == here.again() == []
     there = harness.Sweep(tmp_path / "here", [2, 3, 4], [0], seconds=0.1, runs=tmp_path / "there")
     code, said = there.finish("--storage", url, "--workers", "1")
     assert code == 0 and "3 runs, 2 of them complete" in said
@@ -278,7 +278,7 @@ def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
         assert process.wait(180) == 0, s.said()
     finally:
         cluster.shutdown()
-    assert s.losses() == [] and "4 runs, 0 of them complete" in s.said()
+    assert s.losses() == s.again() == [] and "4 runs, 0 of them complete" in s.said()
     pids = [line.split()[-1] for line in s.lines("start")]
     assert len(set(pids)) > 2 and len(pids) > len(s.lines("end")), "a stage was begun, lost with its node and made again"
 

@@ -35,6 +35,7 @@ class Sweep:
     def __init__(self, folder: Path, ks: list[int], seeds: list[int], seconds: float = 1.0, runs: Path | None = None, **fixed):
         self.folder, self.ks, self.seeds, self.log = folder, ks, seeds, folder / "log"
         self.runs, self.file, self.count = runs or folder / "runs", folder / "grid.yaml", 0
+        self.seen: dict[Path, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         cells = [v4.new_code_cell(source) for source in CELLS]
         cells[0].metadata["tags"] = ["parameters"]
@@ -76,14 +77,25 @@ class Sweep:
     def said(self) -> str:
         return "\n".join(p.read_text() for p in sorted(self.folder.glob("out-*")))
 
+    def look(self) -> list[str]:
+        """Note which runs are complete; returns those that were complete before and have been written again."""
+        now = {p: p.stat().st_ino for p in self.runs.glob("faulty/*/faulty.ipynb")}
+        again = [f"{p} was complete and is {now.get(p)} now" for p, inode in self.seen.items() if now.get(p) != inode]
+        self.seen = now
+        return again
+
+    def again(self) -> list[str]:
+        """Runs whose last cell was executed more than once: killed after it, before they were complete."""
+        return [r for r, n in Counter(self.lines("run")).items() if n > 1]
+
     def losses(self) -> list[str]:
-        """Everything that is not as it should be after the end: empty when each run ended once, and is whole."""
+        """Everything that is not as it should be after the end: empty when each run is complete, and whole."""
         from pdiff_lib import runs
 
-        wrong = []
-        every = [f"run {s} {k}" for s in self.seeds for k in self.ks]
-        counts = Counter(self.lines("run"))
-        wrong += [f"{r} ended {counts[r]} times" for r in every if counts[r] != 1]
+        wrong = self.look()
+        every = {f"run {s} {k}" for s in self.seeds for k in self.ks}
+        if set(self.lines("run")) != every:
+            wrong.append(f"runs without an end: {sorted(every - set(self.lines('run')))}")
         wrong += [f"computed {n} times: {what}" for what, n in Counter(self.lines("end")).items() if n != 1]
         folders = [p for p in (self.runs / "faulty").iterdir() if p.is_dir()]
         if len(folders) != len(every):
