@@ -114,3 +114,11 @@ def test_save_writes_html_and_numbers_and_a_picture_where_a_browser_is(tmp_path,
     assert ("one.svg was not drawn" in capsys.readouterr().out) == (browser is None)
     plots.save(fig, tmp_path / "two")
     assert (tmp_path / "two.html").is_file() and not (tmp_path / "two.csv").exists()
+
+
+def test_violins_stand_in_the_order_of_the_setting():
+    frame = pd.DataFrame({"method": ["a", "a", "b", "a"], "k": [100, 9, 9, 9], "s": [0.1, 0.2, 0.3, 0.4]})
+    fig = plots.violins(frame, "k", "s", "Similarity", x_title="K", y_title="IoU")
+    assert list(fig.layout.xaxis.categoryarray) == ["9", "100"] and fig.layout.xaxis.type == "category"
+    assert [(t.name, list(t.x), list(t.y)) for t in fig.data] == [("a", ["100", "9", "9"], [0.1, 0.2, 0.4]), ("b", ["9"], [0.3])]
+    assert len({t.line.color for t in fig.data}) == 2 and fig.layout.yaxis.title.text == "IoU"
