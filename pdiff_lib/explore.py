@@ -22,7 +22,7 @@ from pdiff_lib import evaluate, plots, similarity
 from pdiff_lib.experiment import ORIGINAL, Experiment
 from pdiff_lib.explore_denoising import Denoising
 from pdiff_lib.explore_sweep import Sweep, results, settings
-from pdiff_lib.widget import WIDE, WRAP, Export, show
+from pdiff_lib.widget import WIDE, WRAP, Export, Figure, show
 
 __all__ = ["Denoising", "Scatter", "Sweep", "results", "settings"]
 GENERATED = "generated here"  # the method's name of networks that an explorer draws
@@ -74,9 +74,9 @@ class Scatter(widgets.VBox):
 
     def _build(self) -> None:
         title = self.experiments[0].title
-        self.points = go.FigureWidget(self._drawn_points())
-        self.map = go.FigureWidget(self._drawn_map())
-        self.heatmaps, self.confusion = go.FigureWidget(), go.FigureWidget()
+        self.points = Figure(self._drawn_points())
+        self.map = Figure(self._drawn_map())
+        self.heatmaps, self.confusion = Figure(), Figure()
         for figure in (self.points, self.map):
             for trace in figure.data:
                 trace.on_click(self._clicked)
@@ -111,6 +111,7 @@ class Scatter(widgets.VBox):
             widgets.HBox([widgets.HTML(f"<b>One network</b> of {html.escape(title)}"), self.run, self.method, self.index],
                          layout=WRAP),
             self.facts, widgets.HBox([self.heatmaps, self.confusion], layout=WRAP), self.export])
+        self.add_class("pdiff-scatter")
 
     @property
     def _methods(self) -> list[str]:
@@ -125,7 +126,7 @@ class Scatter(widgets.VBox):
             height=560, margin={"b": 150}, legend={"orientation": "h", "y": -0.16, "title": ""})
 
     def _drawn_map(self) -> go.Figure:
-        fig = plots.projection(self.frame, self._pca.explained_variance_ratio_, "Principal components of the zoo")
+        fig = plots.projection(self.frame, self._pca.explained_variance_ratio_.tolist(), "Principal components of the zoo")
         return self._ringed(fig, "PC1", "PC2").update_layout(height=470, showlegend=False)
 
     def _ringed(self, fig: go.Figure, x: str, y: str) -> go.Figure:
@@ -134,7 +135,7 @@ class Scatter(widgets.VBox):
         for name, colour in (("nearest original", "#000000"), ("chosen", "#D55E00")):
             fig.add_scatter(x=[], y=[], mode="markers", name=name, hoverinfo="skip", meta=[x, y],
                             marker={"size": 17, "symbol": "circle-open", "color": colour, "line": {"width": 3}})
-        return fig.update_layout(title={"text": title, "y": 0.96, "yanchor": "top"}, width=560, uirevision="zoom",
+        return fig.update_layout(title={"text": title, "y": 1, "yanchor": "top", "pad": {"t": 12}}, width=560, uirevision="zoom",
                                  dragmode="lasso", margin={"r": 15, "t": 90}, coloraxis={
                                      "colorscale": plots.SEQUENTIAL, "showscale": False, "colorbar": {
                                          "orientation": "h", "y": 1.0, "thickness": 8, "title": {"side": "top"}}})
@@ -197,7 +198,7 @@ class Scatter(widgets.VBox):
         """Show the network of this row of the frame in detail."""
         self.chosen, network = row, self.frame.loc[row]
         e = self.experiments[network.run]
-        original = self.frame.loc[self._rows_of(network.run, ORIGINAL)[network.nearest]]
+        original = self.frame.loc[self._rows_of(int(network.run), ORIGINAL)[network.nearest]]
         name, other = f"{network.method} {network['index']}", f"original {network.nearest}"
         (theta, predicted), (nearest, expected) = self._behind(network), self._behind(original)
         self._panels = {name: theta, f"nearest {other}": nearest, "difference": theta - nearest}
@@ -209,7 +210,7 @@ class Scatter(widgets.VBox):
              .update_layout(width=690, height=430, margin={"r": 160, "l": 40, "t": 95}))
         show(self.confusion, plots.confusion(
             self._counts, f"Predicted classes: {differ} of {len(predicted):,} images differ<br><sup>{e.title}</sup>",
-            x_title=name, y_title=other).update_layout(width=430, height=430, margin={"t": 95}))
+            x_title=name, y_title=other).update_layout(width=430, height=430, margin={"t": 95}, title_y=0.96))
         for figure in (self.points, self.map):
             with figure.batch_update():
                 for ring, at in zip(figure.data[-2:], (original, network)):
@@ -220,7 +221,7 @@ class Scatter(widgets.VBox):
                             f"the nearest {network.distance:.3g}, outside the span {network.outside_span:.2f}")
         self._quiet = True
         self.run.value, self.method.value = int(network.run), network.method
-        rows = self._rows_of(network.run, network.method)
+        rows = self._rows_of(int(network.run), network.method)
         self.index.max, self.index.value = len(rows) - 1, rows.get_loc(row)
         self._quiet = False
 
@@ -243,7 +244,8 @@ class Scatter(widgets.VBox):
         table = self.frame.loc[self.selected].groupby("method", observed=True)
         table = table.agg(networks=("index", "size"), accuracy=("accuracy", "mean"), max_similarity=("max_similarity", "mean"))
         table = table.assign(accuracy=(100 * table.accuracy).round(2)).rename(columns={"accuracy": "mean accuracy (%)"})
-        self.selection.value = (f"Selected: {len(self.selected)} networks" + table.round(3).to_html()) if len(table) else (
+        self.selection.value = (f"Selected: {len(self.selected)} networks" + table.round(3).reset_index().to_html(
+            index=False, border=0)) if len(table) else (
             "Selected: none (draw a lasso around points).")
 
     def _rows(self) -> pd.DataFrame:

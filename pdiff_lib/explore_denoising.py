@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 import pandas as pd
-import plotly.graph_objects as go
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
 from pdiff_lib import evaluate, pdiff, plots, recipe
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
-from pdiff_lib.widget import WIDE, WRAP, Export, show
+from pdiff_lib.widget import WIDE, WRAP, Export, Figure, show
 
 if TYPE_CHECKING:
     from pdiff_lib.explore import Scatter
@@ -80,6 +79,7 @@ class Denoising(widgets.VBox):
             widgets.HBox([self.play, self.moment, self.label], layout=WRAP), self.figure,
             widgets.HBox([self.count, self.generate_button, self.stop_button, self.progress], layout=WRAP), self.status,
             Export({"denoising": (self.figure, lambda: self.table)}, "denoising")])
+        self.add_class("pdiff-denoising")
 
     def _sampler(self, tick: Callable[[], None]) -> pdiff.PDiff:
         """The fitted method with the sampler that is chosen; `tick` is called before each step."""
@@ -98,7 +98,7 @@ class Denoising(widgets.VBox):
         method, generator = self._sampler(tick), torch.Generator().manual_seed(self.seed.value)
         path = method.trajectory(1, min(MOMENTS, self.steps.value + 1), generator)
         path = pdiff.Trajectory(path.t, path.z.cpu(), path.theta.cpu())
-        return path, evaluate.accuracy(self.experiment.wrong_of(path.theta[:, 0])).float()
+        return path, evaluate.accuracy(self.experiment.wrong_of(path.theta[:, 0]))
 
     def _take(self, followed: tuple[pdiff.Trajectory, Tensor]) -> None:
         """Show another chain, at its end."""
@@ -115,7 +115,7 @@ class Denoising(widgets.VBox):
         if hasattr(self, "figure"):
             show(self.figure, drawn)
         else:
-            self.figure = go.FigureWidget(drawn)
+            self.figure = Figure(drawn)
         self.play.max = self.moment.max = last
         self.moment.value = last
         self._step()

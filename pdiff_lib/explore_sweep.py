@@ -10,10 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pdiff_lib import plots
-from pdiff_lib.widget import WRAP, Export, show
+from pdiff_lib.widget import WRAP, Export, Figure, show
 
 COMMITTED = Path(__file__).resolve().parent.parent / "figures" / "cifar10-k-results.parquet"
-METRICS = ["accuracy", "max_similarity", "distance", "outside_span"]
+METRICS = ["accuracy", "max_similarity", "distance", "outside_span", "seconds"]
 NETWORK = ["method", "index", "nearest", "run", "step", "PC1", "PC2", *METRICS]  # columns that are no settings
 
 
@@ -39,7 +39,7 @@ class Sweep(widgets.VBox):
 
     Args:
         frame: a row per network: `method`, `index`, the measures of `Experiment.frame`, and a column per setting.
-        title: what was run, on what, at which scale; without one, the networks and datasets in the table.
+        title: what was run, on what, at which scale; without one, that of `pdiff results`.
 
     Attributes:
         table: what is drawn: mean, spread and number of networks by method, x and facet.
@@ -49,24 +49,23 @@ class Sweep(widgets.VBox):
     """
 
     def __init__(self, frame: pd.DataFrame, title: str = ""):
-        missing = [c for c in ("method", *METRICS) if c not in frame]
-        fields = settings(frame)
-        if missing or frame.empty or not fields:
-            raise ValueError(f"{len(frame)} rows of {', '.join(frame)}: expected rows with "
-                             f"{', '.join(missing) or 'the columns of their settings'}")
+        fields, measures = settings(frame), [c for c in METRICS if c in frame]
+        if frame.empty or not fields or not measures or "method" not in frame:
+            raise ValueError(f"{len(frame)} rows of {', '.join(frame)}: expected a row per network with its method, at least one "
+                             f"of {', '.join(METRICS)}, and at least one setting")
         # A setting that is a list (widths of layers, say) is a category.
-        self.frame = frame.assign(**{c: frame[c].map(lambda v: str(list(v)) if isinstance(v, (list, tuple, np.ndarray)) else v)
+        self.frame = frame.assign(method=frame.method.astype(str), **{c: frame[c].map(lambda v: str(list(v)) if isinstance(v, (list, tuple, np.ndarray)) else v)
                                      for c in fields})
-        self.title = title or ", ".join(str(v) for c in ("network", "dataset") if c in frame for v in frame[c].unique())
+        self.title = title or frame.attrs.get("title", "")
         self.varied = [c for c in fields if self.frame[c].nunique(dropna=False) > 1]
         self.x = widgets.Dropdown(options=fields, description="x", layout={"width": "260px"})
-        self.y = widgets.Dropdown(options=METRICS, description="y", layout={"width": "260px"})
+        self.y = widgets.Dropdown(options=measures, description="y", layout={"width": "260px"})
         self.facet = widgets.Dropdown(options=["(none)", *fields], description="panels by", layout={"width": "260px"})
         self.log_x = widgets.Checkbox(False, description="logarithmic x", indent=False, layout={"width": "auto"})
         self.boxes = {m: widgets.Checkbox(True, description=m, indent=False, layout={"width": "auto", "margin": "0 14px 0 0"})
                       for m in self.frame.method.unique()}
         self.note = widgets.HTML()
-        self.figure = go.FigureWidget(self._drawn())
+        self.figure = Figure(self._drawn())
         for control in (self.x, self.y, self.facet, self.log_x):
             control.observe(lambda _: show(self.figure, self._drawn()), "value")
         for box in self.boxes.values():
@@ -75,12 +74,16 @@ class Sweep(widgets.VBox):
             widgets.HBox([self.x, self.y, self.facet, self.log_x], layout=WRAP),
             widgets.HBox(list(self.boxes.values()), layout=WRAP), self.figure, self.note,
             Export({"sweep": (self.figure, lambda: self.table)}, "sweep")])
+        self.add_class("pdiff-sweep")
 
     def _drawn(self) -> go.Figure:
         x, y, facet = self.x.value, self.y.value, self.facet.value if self.facet.value not in ("(none)", self.x.value) else None
         by = ["method", x, *([facet] if facet else [])]
-        values = self.frame.assign(accuracy=100 * self.frame.accuracy).groupby(by, sort=False)[y]
+        scale = 100 if y == "accuracy" else 1
+        values = (scale * self.frame[y]).groupby([self.frame[c] for c in by], sort=False, dropna=False)
         table = values.agg(["mean", "size"]).assign(spread=values.std(ddof=0)).reset_index().sort_values(x, kind="stable")
+        # The same order, and so the same colours, whatever is on x.
+        table = table.sort_values("method", key=lambda m: m.map(list(self.boxes).index), kind="stable")
         self.table = table.rename(columns={"mean": y, "size": "n"})
         pooled = [f"{c} ({self.frame[c].nunique(dropna=False)} values)" for c in self.varied if c not in by]
         self.note.value = ("Points: mean over networks; bars: their standard deviation."

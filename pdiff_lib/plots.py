@@ -30,7 +30,7 @@ COLUMNS = 64
 LABELS = {"accuracy": "accuracy (%)", "max_similarity": "maximum similarity to the originals (IoU)",
           "distance": "distance to the nearest original (raw parameter units)",
           "outside_span": "share of the deviation outside the originals' span",
-          "step": "fine-tuning step (of the nearest original)", "k_checkpoints": "K (checkpoints in the zoo)",
+          "seconds": "seconds per run", "step": "fine-tuning step (of the nearest original)", "k_checkpoints": "K (checkpoints in the zoo)",
           "sigma_v": "sigma_v (std of the noise on a standardised vector)", "sigma_z": "sigma_z (std of the noise on a latent)",
           "latent_dim": "L (numbers in a latent)", "pdiff_seed": "seed of autoencoder, diffusion and samples",
           "seed": "seed of network and zoo", "T": "T (diffusion steps)", "sampling_steps": "sampling steps"}
@@ -283,6 +283,25 @@ def facets(frame: pd.DataFrame, x: str, y: str, facet: str | None, title: str, *
     if log_x or (pd.api.types.is_numeric_dtype(frame[x]) and len(values) < 6):  # values that were chosen, not a range
         fig.update_xaxes(tickvals=values)
     return fig.update_xaxes(type="log") if log_x else fig
+
+
+def violins(frame: pd.DataFrame, x: str, y: str, title: str, *, x_title: str, y_title: str) -> go.Figure:
+    """Distributions over networks, a violin per method at each value of a setting (Figure 5c).
+
+    Args:
+        frame: a row per network: `method` and the columns `x` and `y`.
+        x, y: columns; the values of x stand at equal distances.
+        title: what, on what, at which scale.
+        x_title, y_title: with units.
+    """
+    fig = go.Figure()
+    values = [str(v) for v in sorted(set(frame[x]))]
+    for i, (method, part) in enumerate(frame.groupby("method", sort=False)):
+        fig.add_violin(x=part[x].astype(str), y=part[y], name=method, legendgroup=method, scalegroup=method, points=False,
+                       meanline={"visible": True}, line={"color": COLOURS[i % len(COLOURS)], "width": 1.5}, spanmode="hard")
+    fig.update_layout(title=title, width=820, height=470, violinmode="group", xaxis_title=x_title, yaxis_title=y_title,
+                      legend_title="networks")
+    return fig.update_xaxes(type="category", categoryorder="array", categoryarray=values)
 
 
 def columns(vectors: Mapping[str, Tensor], **more: Sequence) -> pd.DataFrame:

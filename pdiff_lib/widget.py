@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import mimetypes
 from collections.abc import Callable
 from pathlib import Path
 
+import anywidget
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -19,7 +21,46 @@ WIDE = {"description_width": "initial"}
 WRAP = {"flex_flow": "row wrap", "align_items": "center"}
 
 
-def show(figure: go.FigureWidget, drawn: go.Figure) -> None:
+def _exposed(module: str) -> str:
+    """A JavaScript module that puts its default export where other modules find it."""
+    code, _, exports = module.rpartition("export{")
+    names, _, licence = exports.partition("}")
+    (default,) = [name.removesuffix(" as default") for name in names.split(",") if name.endswith(" as default")]
+    return f"{code}globalThis.pdiffPlotly={default};export default{{}};{licence}"
+
+
+class Bundle(anywidget.AnyWidget):
+    """Plotly's JavaScript, once per kernel. Each FigureWidget brings a copy (5 MB), to be sent to the browser and parsed there:
+    six figures take ten seconds to appear."""
+
+    _esm = _exposed(str(go.FigureWidget._esm))
+
+
+class Figure(go.FigureWidget):
+    """A FigureWidget without JavaScript of its own, that also shows its present state to a page that connects later (Voila; a
+    reloaded JupyterLab), where plotly's shows the state it was made with."""
+
+    _esm = """
+const plotly = new Promise(found => {
+  const look = () => globalThis.pdiffPlotly ? found(globalThis.pdiffPlotly) : setTimeout(look, 20);
+  look();
+});
+export default async () => (await plotly)();
+"""
+    _bundle: Bundle | None = None
+
+    def __init__(self, *args, **kwargs):
+        Figure._bundle = Figure._bundle or Bundle()
+        super().__init__(*args, **kwargs)
+
+    def get_state(self, key=None, drop_defaults=False):
+        """What ipywidgets sends to the browser; without a key, everything."""
+        if key is None and hasattr(self, "_data"):  # not yet while it is being made
+            self._trait_values.update(_widget_data=copy.deepcopy(self._data), _widget_layout=copy.deepcopy(self._layout))
+        return super().get_state(key, drop_defaults)
+
+
+def show(figure: Figure, drawn: go.Figure) -> None:
     """Let a displayed figure become another one: only what differs is set, and sent to the browser."""
     old, layout = len(figure.data), drawn.layout.to_plotly_json()
     layout.pop("template", None)  # one for all figures; plotly is slow to set it
@@ -57,7 +98,7 @@ class Export(widgets.HBox):
         name: what the files' names begin with.
     """
 
-    def __init__(self, figures: dict[str, tuple[go.FigureWidget, Callable[[], pd.DataFrame]]], name: str):
+    def __init__(self, figures: dict[str, tuple[Figure, Callable[[], pd.DataFrame]]], name: str):
         self.figures, self.name = figures, name
         self.which = widgets.Dropdown(options=list(figures), description="figure", layout={"width": "240px"})
         self.kind = widgets.Dropdown(options=["svg", "png", "html", "csv"], description="as", layout={"width": "170px"})
