@@ -48,6 +48,11 @@ def test_a_grid_is_every_combination_over_the_base(home):
                                                   "pdiff_seed": 3})
 
 
+@pytest.mark.parametrize("file", sorted((jobs.NOTEBOOKS.parent / "params" / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_committed_sweeps_can_be_run(file):
+    assert len(sweep.load(file).jobs) > 1
+
+
 GOOD = {"notebook": "00", "grid": {"k_checkpoints": [10]}}
 
 
