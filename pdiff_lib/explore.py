@@ -27,6 +27,9 @@ from pdiff_lib.widget import WIDE, WRAP, Export, Figure, show
 __all__ = ["Denoising", "Scatter", "Sweep", "results", "settings"]
 GENERATED = "generated here"  # the method's name of networks that an explorer draws
 
+NOTHING_SELECTED = ("Orange ring: the network in detail below; black ring: its nearest original. Selected: none (draw a lasso around "
+                    "points, in either figure).")
+
 
 class Scatter(widgets.VBox):
     """Accuracy against similarity, and who is behind each point.
@@ -86,15 +89,16 @@ class Scatter(widgets.VBox):
         scales = sorted({float(m[1]) for name in self._methods if (m := re.fullmatch(r"noise (\S+)", name))})
         self.noise = widgets.SelectionSlider(options=["all", *(f"{s:g}" for s in scales)], description="noise scale (std)",
                                              style=WIDE, layout={"width": "330px"})
-        self.boxes = {name: widgets.Checkbox(True, description=name, indent=False, layout={"width": "auto", "margin": "0 14px 0 0"})
-                      for name in self._methods}
+        self.boxes = {name: widgets.Checkbox(True, description=f"{plots.mark(i)} {html.escape(name)}", description_allow_html=True,
+                                             indent=False, layout={"width": "auto", "margin": "0 14px 0 0"})
+                      for i, name in enumerate(self._methods)}
         self.colour = widgets.Dropdown(options=["method", "step", *self.varied, "distance", "outside_span"],
                                        description="colour by", layout={"width": "260px"})
         self.run = widgets.Dropdown(options=[(self._run_name(r), r) for r in range(len(self.experiments))], description="run",
                                     layout={"display": "flex" if self.varied else "none", "width": "260px"})
         self.method = widgets.Dropdown(options=self._methods, description="network", layout={"width": "240px"})
         self.index = widgets.BoundedIntText(description="index", layout={"width": "170px"})
-        self.facts, self.selection = widgets.HTML(), widgets.HTML("Selected: none (draw a lasso around points).")
+        self.facts, self.selection = widgets.HTML(), widgets.HTML(NOTHING_SELECTED)
         for control in (self.noise, *self.boxes.values()):
             control.observe(self._show_methods, "value")
         self.colour.observe(self._paint, "value")
@@ -122,12 +126,11 @@ class Scatter(widgets.VBox):
 
     def _drawn_points(self) -> go.Figure:
         fig = plots.scatter(self.frame, "Accuracy against maximum similarity")
-        return self._ringed(fig, "max_similarity", "accuracy").update_layout(
-            height=560, margin={"b": 150}, legend={"orientation": "h", "y": -0.16, "title": ""})
+        return self._ringed(fig, "max_similarity", "accuracy")
 
     def _drawn_map(self) -> go.Figure:
         fig = plots.projection(self.frame, self._pca.explained_variance_ratio_.tolist(), "Principal components of the zoo")
-        return self._ringed(fig, "PC1", "PC2").update_layout(height=470, showlegend=False)
+        return self._ringed(fig, "PC1", "PC2")
 
     def _ringed(self, fig: go.Figure, x: str, y: str) -> go.Figure:
         """Rings for the network in question and its nearest original; a colour scale for whoever needs one."""
@@ -135,10 +138,11 @@ class Scatter(widgets.VBox):
         for name, colour in (("nearest original", "#000000"), ("chosen", "#D55E00")):
             fig.add_scatter(x=[], y=[], mode="markers", name=name, hoverinfo="skip", meta=[x, y],
                             marker={"size": 17, "symbol": "circle-open", "color": colour, "line": {"width": 3}})
-        return fig.update_layout(title={"text": title, "y": 1, "yanchor": "top", "pad": {"t": 12}}, width=560, uirevision="zoom",
-                                 dragmode="lasso", margin={"r": 15, "t": 90}, coloraxis={
+        # The check boxes are the legend: drawing one again doubles the time of a slider's step.
+        return fig.update_layout(title={"text": title, "y": 1, "yanchor": "top", "pad": {"t": 12}}, width=560, height=470,
+                                 uirevision="zoom", dragmode="lasso", margin={"r": 15, "t": 70}, showlegend=False, coloraxis={
                                      "colorscale": plots.SEQUENTIAL, "showscale": False, "colorbar": {
-                                         "orientation": "h", "y": 1.0, "thickness": 8, "title": {"side": "top"}}})
+                                         "thickness": 10, "title": {"side": "right"}}})
 
     def _clouds(self) -> Iterable[tuple[go.Scatter, go.Scatter, pd.DataFrame]]:
         """Each method's trace in the scatter and in the map, with its rows."""
@@ -154,7 +158,10 @@ class Scatter(widgets.VBox):
     def _show_methods(self, _change=None) -> None:
         with self.points.batch_update(), self.map.batch_update():
             for point, place, _ in self._clouds():
-                point.visible = place.visible = self._shown(point.name)
+                # Without opacity and hover a trace is gone, for a third of the time that `visible` takes to draw.
+                shown = self._shown(point.name)
+                point.opacity = place.opacity = float(shown)
+                point.hoverinfo = place.hoverinfo = "all" if shown else "skip"
 
     def _paint(self, _change=None) -> None:
         column = self.colour.value
@@ -229,7 +236,7 @@ class Scatter(widgets.VBox):
         source = trace.parent
         if trace is source.data[0]:
             self._lasso = []
-        if trace.name in self.boxes:
+        if trace.name in self.boxes and self._shown(trace.name):
             self._lasso += self.frame.index[self.frame.method == trace.name][points.point_inds].tolist()
         if trace is source.data[-1]:
             self.select(self._lasso)
@@ -245,8 +252,8 @@ class Scatter(widgets.VBox):
         table = table.agg(networks=("index", "size"), accuracy=("accuracy", "mean"), max_similarity=("max_similarity", "mean"))
         table = table.assign(accuracy=(100 * table.accuracy).round(2)).rename(columns={"accuracy": "mean accuracy (%)"})
         self.selection.value = (f"Selected: {len(self.selected)} networks" + table.round(3).reset_index().to_html(
-            index=False, border=0)) if len(table) else (
-            "Selected: none (draw a lasso around points).")
+            index=False, border=0, col_space=120, justify="left")) if len(table) else (
+            NOTHING_SELECTED)
 
     def _rows(self) -> pd.DataFrame:
         """What the CSV holds: the selected networks, without a selection those that are shown."""

@@ -117,7 +117,7 @@ class Denoising(widgets.VBox):
         else:
             self.figure = Figure(drawn)
         self.play.max = self.moment.max = last
-        self.moment.value = last
+        self.play.value = self.moment.value = last  # a page that connects later copies the one to the other
         self._step()
 
     def _step(self, _change=None) -> None:

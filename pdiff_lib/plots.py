@@ -23,6 +23,7 @@ from pdiff_lib.subset import Subset
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#D55E00", "#882255", "#999933"]
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "triangle-down", "star", "cross", "x", "pentagon"]
+SIGNS = "●◆■▲▼★✚✖⬟"  # the symbols, as text
 DIVERGING, SEQUENTIAL = "RdBu_r", "Viridis"
 HEATMAP_NUMBERS = 4096  # a heatmap shows every k-th number of longer vectors: more would not be seen, only stored
 COLUMNS = 64
@@ -41,6 +42,11 @@ pio.templates["pdiff"] = go.layout.Template(layout={
     "xaxis": {"gridcolor": "#e5e5e5", "linecolor": "#555", "zeroline": False, "ticks": "outside"},
     "yaxis": {"gridcolor": "#e5e5e5", "linecolor": "#555", "zeroline": False, "ticks": "outside"}})
 pio.templates.default = "plotly+pdiff"
+
+
+def mark(i: int) -> str:
+    """Symbol and colour of the i-th method as HTML, for legends outside of figures."""
+    return f'<span style="color: {COLOURS[i % len(COLOURS)]}">{SIGNS[i % len(SIGNS)]}</span>'
 
 
 def scatter(frame: pd.DataFrame, title: str) -> go.Figure:
@@ -278,7 +284,7 @@ def facets(frame: pd.DataFrame, x: str, y: str, facet: str | None, title: str, *
                 hovertemplate=f"{method}<br>{x} %{{x}}<br>%{{y:.4g}} +- %{{customdata[0]:.2g}} (%{{customdata[1]}} networks)"
                               "<extra></extra>")
     fig.update_layout(title=title, width=1120, height=160 + 300 * down, margin={"t": 100, "b": 75, "l": 85},
-                      legend={"title": "networks"})
+                      legend={"title": "networks"}).update_annotations(font_size=13)
     values = sorted(set(frame[x]))
     if log_x or (pd.api.types.is_numeric_dtype(frame[x]) and len(values) < 6):  # values that were chosen, not a range
         fig.update_xaxes(tickvals=values)

@@ -1,64 +1,73 @@
-"""The committed quickstart in a real JupyterLab: its figures are drawn, the slider moves the denoising, a point answers."""
+"""In a real browser: the committed quickstart's figures, and the explorers in JupyterLab and as a page of their own."""
 
-import os
+import json
+import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
-from pathlib import Path
 
+import nbformat
+import pandas as pd
 import pytest
+import yaml
+from browser import CHROMIUM, HERE, chromium, lab, run_all, served
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "00_quickstart.ipynb"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
-         "--disable-component-update", "--no-first-run"]
+from pdiff_lib import app, jobs, runs
+
+NOTEBOOKS = HERE / "notebooks"
+SMALL = {"train_images": 100, "test_images": 100, "network": "test_resnet", "base_epochs": 15, "base_lr": 0.01, "k_checkpoints": 12, "zoo_batch": 16,
+         "ae_channels": [2, 2], "latent_dim": 4, "ae_steps": 3, "denoiser_channels": [2, 2, 2], "diffusion_steps": 3, "T": 40,
+         "sampling_steps": 10, "samples": 5}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """A JupyterLab of its own over a copy of the notebook; yields the notebook's address."""
-    shutil.copy(NOTEBOOK, tmp_path / "x.ipynb")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    private = {f"JUPYTER{k}_DIR": str(tmp_path / k) for k in ("_CONFIG", "_DATA", "LAB_SETTINGS", "LAB_WORKSPACES")}
-    # All cells in the page, also those out of view, so that their figures can be found.
-    settings = tmp_path / "LAB_SETTINGS" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"windowingMode": "none"}')
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-             "--ServerApp.port_retries=0", f"--ServerApp.root_dir={tmp_path}", "--IdentityProvider.token=secret"],
-            env={**os.environ, **private}, stdout=log, stderr=log)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=secret", timeout=5)
-                break
-            except OSError:
-                assert server.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/lab/tree/x.ipynb?token=secret&reset"
-    finally:
-        server.terminate()
-        server.wait(20)
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Where the small runs of all servers keep their stages."""
+    return {"PDIFF_RUNS": str(tmp_path_factory.mktemp("runs")), "OMP_NUM_THREADS": "1"}
 
 
-def test_figures_of_the_quickstart_answer(lab):
-    from playwright.sync_api import sync_playwright
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Where a table of a small sweep lies: two seeds at three K."""
+    rows = [{"k_checkpoints": k, "seed": s, "method": m, "index": i, "accuracy": 0.5 + k / 1000 + i / 50 + s / 50 + len(m) / 100,
+             "max_similarity": 0.9 - i / 50 - k / 200, "nearest": 0, "distance": 1.0, "outside_span": 0.0}
+            for k in (1, 10, 50) for s in (0, 1) for m in ("original", "p-diff") for i in (0, 1, 2)]
+    path = tmp_path_factory.mktemp("table") / "results.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    return str(path)
 
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1400})
-        page.goto(lab)
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, stages):
+    """A JupyterLab; yields its folder and what gives a notebook's address."""
+    folder = tmp_path_factory.mktemp("lab")
+    with lab(folder, **stages) as address:
+        yield folder, address
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    folder = runs.root() / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def small(name: str, folder, monkeypatch, stages, **more):
+    """A copy of a notebook with small parameters."""
+    monkeypatch.setenv("PDIFF_RUNS", stages["PDIFF_RUNS"])
+    path = jobs.find(name)
+    shutil.copy(app.page(path, jobs.check(path, {**SMALL, **more})), folder / f"{name}.ipynb")
+    return f"{name}.ipynb"
+
+
+def test_figures_of_the_quickstart_answer(desk):
+    folder, address = desk
+    shutil.copy(NOTEBOOKS / "00_quickstart.ipynb", folder / "x.ipynb")
+    with chromium() as page:
+        page.goto(address("x.ipynb"))
         plots = page.locator(".jp-Notebook .js-plotly-plot")
-        plots.nth(2).wait_for(state="attached", timeout=120_000)
+        plots.nth(2).wait_for(state="attached")
         assert plots.count() == 3, "scatter, heatmap and trajectory"
 
         scatter = plots.nth(0)
@@ -67,7 +76,7 @@ def test_figures_of_the_quickstart_answer(lab):
         box = point.bounding_box()
         page.mouse.move(box["x"] - 20, box["y"] - 20)
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=4)
-        scatter.locator(".hoverlayer .hovertext").first.wait_for(timeout=10_000)
+        scatter.locator(".hoverlayer .hovertext").first.wait_for()
         assert "nearest original" in scatter.locator(".hoverlayer").text_content()
 
         trajectory = plots.nth(2)
@@ -81,4 +90,226 @@ def test_figures_of_the_quickstart_answer(lab):
         page.wait_for_timeout(1500)
         assert label.text_content().endswith(": 1000")
         assert picture.evaluate("e => e.href.baseVal") != before, "the heatmap shows the other moment"
-        browser.close()
+
+
+def test_explorers_in_jupyterlab(desk, pictures, monkeypatch, stages, table):
+    folder, address = desk
+    name = small("50_explore", folder, monkeypatch, stages, results=table)
+    with chromium() as page:
+        page.goto(address(name))
+        run_all(page)
+        page.keyboard.press("Control+b")  # the file browser makes room
+        use_scatter(page, pictures / "lab")
+        use_denoising(page, pictures / "lab")
+        use_sweep(page, pictures / "lab")
+        page.keyboard.press("Control+s")
+        page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')",)
+    saved = folder / name
+    assert all(c.execution_count for c in nbformat.read(saved, as_version=4).cells if c.cell_type == "code")
+    assert saved.stat().st_size < 1_000_000
+
+
+def test_explorers_as_a_page(tmp_path, pictures, stages, table):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "results": table}))
+    command = [sys.executable, "-m", "pdiff_lib.cli", "app", "-f", str(tmp_path / "small.yaml"), "--port", "0", "--no-browser"]
+    with served(command, tmp_path / "log", **stages) as address, chromium() as page:
+        assert address.startswith("http://127.0.0.1:")
+        page.goto(address, timeout=300_000)
+        use_scatter(page, pictures / "app")
+        use_denoising(page, pictures / "app")
+        use_sweep(page, pictures / "app")
+        assert page.locator("text=Traceback").count() == 0
+
+
+@pytest.mark.parametrize("name, explorers", [("00_quickstart", ["scatter", "denoising"]), ("24_parameter_generation", ["denoising"])])
+def test_explorers_of_other_notebooks(desk, monkeypatch, stages, name, explorers):
+    folder, address = desk
+    name = small(name, folder, monkeypatch, stages)
+    with chromium() as page:
+        page.goto(address(name))
+        run_all(page)
+        for explorer in explorers:
+            assert page.locator(f".pdiff-{explorer}").count() == 1
+        move_through_the_chain(page)
+
+
+def labelled(explorer, label: str, kind: str):
+    """The control of a widget with this description."""
+    return explorer.locator(".widget-inline-hbox", has=explorer.page.locator(f'.widget-label >> text="{label}"')).locator(kind).first
+
+
+def points(figure, method: str) -> int:
+    """How many points of a method a figure shows."""
+    return figure.evaluate("""(e, name) => e._fullData.find(t => t.name == name).opacity == 0 ? 0 : e.querySelectorAll(
+        `.scatterlayer .trace${e._fullData.find(t => t.name == name).uid} path.point`).length""", method)
+
+
+def box(explorer, method: str):
+    """The check box of a method."""
+    return explorer.locator(".widget-checkbox", has_text=re.compile(rf"(^|\s){method}\s*$")).locator("input")
+
+
+def wait_for(page, what, seconds=60.0):
+    """Poll a condition on the page."""
+    for _ in range(int(seconds / 0.1)):
+        if what():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("the page did not come to show the change")
+
+
+def use_scatter(page, picture):
+    """Hide, slide, colour, click, type, lasso, export."""
+    explorer = page.locator(".pdiff-scatter")
+    explorer.locator(".js-plotly-plot .points path.point").first.wait_for()
+    explorer.scroll_into_view_if_needed()
+    figure, plane, heatmaps, _confusion = (explorer.locator(".js-plotly-plot").nth(i) for i in range(4))
+    facts = explorer.locator(".widget-html", has_text="maximum similarity").first
+    wait_for(page, lambda: facts.text_content().startswith("p-diff 0"))
+    page.wait_for_timeout(500)
+    explorer.screenshot(path=f"{picture}-scatter.png")
+
+    slider = labelled(explorer, "noise scale (std)", ".noUi-handle")
+    assert points(figure, "noise 0.001") == points(plane, "noise 0.15") == 10
+    slider.focus()
+    page.keyboard.press("ArrowRight")  # from "all" to the smallest
+    wait_for(page, lambda: points(figure, "noise 0.15") == points(plane, "noise 0.05") == 0)
+    assert points(figure, "noise 0.001") == points(plane, "noise 0.001") == 10
+
+    for method in ("p-diff", "noise 0.001", "noise 0.05", "noise 0.15", "average", "interpolation", "gaussian"):
+        box(explorer, method).uncheck()
+    wait_for(page, lambda: points(plane, "gaussian") == points(figure, "p-diff") == 0)
+    before = heatmaps.locator(".heatmaplayer image").first.evaluate("e => e.href.baseVal")
+    click(page, plane, "original", 3)
+    wait_for(page, lambda: facts.text_content().startswith("original 3:"))
+    wait_for(page, lambda: heatmaps.locator(".heatmaplayer image").first.evaluate("e => e.href.baseVal") != before)
+    assert "original 3" in heatmaps.locator(".infolayer").text_content()
+    assert labelled(explorer, "index", "input").input_value() == "3"
+
+    index = labelled(explorer, "index", "input")
+    index.fill("5")
+    index.press("Enter")
+    wait_for(page, lambda: facts.text_content().startswith("original 5:"))
+
+    labelled(explorer, "colour by", "select").select_option("step")
+    figure.locator(".colorbar").wait_for()
+    colours = "(e, name) => e._fullData.find(t => t.name == name).marker.color"
+    assert [float(c) for c in figure.evaluate(colours + ".length ? Array.from(e._fullData.find(t => t.name == name).marker.color) : []",
+                                              "original")] == [*range(12)] * 2
+
+    frame = figure.locator(".nsewdrag").first.bounding_box()
+    left, top, right, bottom = frame["x"] + 2, frame["y"] + 2, frame["x"] + frame["width"] - 2, frame["y"] + frame["height"] - 2
+    page.mouse.move(left, top)
+    page.mouse.down()
+    for x, y in ((right, top), (right, bottom), (left, bottom), (left, top)):
+        page.mouse.move(x, y, steps=6)
+    page.mouse.up()
+    wait_for(page, lambda: "Selected: 24 networks" in explorer.text_content())
+    assert plane.evaluate("e => e._fullData.find(t => t.name == 'original').selectedpoints.length") == 24
+    explorer.screenshot(path=f"{picture}-scatter-used.png")
+
+    labelled(explorer, "as", "select").select_option("csv")
+    explorer.get_by_role("button", name="Export").click()
+    link = explorer.locator("a[download]")
+    link.wait_for()
+    with page.expect_download() as download:
+        link.click()
+    with open(download.value.path()) as f:
+        assert len(f.readlines()) == 1 + 24
+
+
+def click(page, figure, method: str, number: int) -> None:
+    """Click the middle of a point."""
+    figure.scroll_into_view_if_needed()
+    x, y = figure.evaluate("""(e, [name, i]) => {
+        const t = e._fullData.find(t => t.name == name), l = e._fullLayout, box = e.getBoundingClientRect();
+        return [box.x + l.xaxis._offset + l.xaxis.c2p(t.x[i]), box.y + l.yaxis._offset + l.yaxis.c2p(t.y[i])]}""", [method, number])
+    page.mouse.move(x - 15, y - 15)
+    page.mouse.move(x, y, steps=3)
+    page.wait_for_timeout(250)
+    page.mouse.click(x, y)
+
+
+def move_through_the_chain(page):
+    """The slider by keyboard; heatmap, path and accuracy follow."""
+    explorer = page.locator(".pdiff-denoising")
+    figure = explorer.locator(".js-plotly-plot")
+    figure.locator(".heatmaplayer image").wait_for()
+    explorer.scroll_into_view_if_needed()
+    label = explorer.locator(".widget-label", has_text="steps remain")
+    assert label.text_content().startswith("0 of 40 ")
+    now = "e => e._fullData.filter(t => t.name == 'now').map(t => [t.x[0], t.y[0]])"
+    before, places = figure.locator(".heatmaplayer image").evaluate("e => e.href.baseVal"), figure.evaluate(now)
+    labelled(explorer, "moment", ".noUi-handle").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowLeft")
+    wait_for(page, lambda: label.text_content().startswith("20 of 40 "))
+    wait_for(page, lambda: figure.evaluate(now)[1][0] == 20 and figure.evaluate(now)[0] != places[0])
+    wait_for(page, lambda: figure.locator(".heatmaplayer image").evaluate("e => e.href.baseVal") != before)
+    return explorer, figure, label
+
+
+def use_denoising(page, picture):
+    """Slide, play, follow another chain, generate, stop."""
+    explorer, figure, label = move_through_the_chain(page)
+    play = explorer.locator(".widget-play button")
+    play.first.click()
+    wait_for(page, lambda: label.text_content().startswith("0 of 40 "))
+    explorer.screenshot(path=f"{picture}-denoising.png")
+
+    seed = labelled(explorer, "seed", "input")
+    seed.fill("7")
+    seed.press("Enter")
+    labelled(explorer, "sampler", "select").select_option("ddpm")
+    steps = labelled(explorer, "sampling steps (of 40)", "input")
+    steps.fill("40")
+    steps.press("Enter")
+    explorer.get_by_role("button", name="Follow").click()
+    wait_for(page, lambda: "seed 7, DDPM with 40 steps" in figure.locator(".infolayer").text_content())
+    assert figure.evaluate("e => e._fullData.find(t => t.name == 'path').x.length") == 41
+
+    scatter = page.locator(".pdiff-scatter .js-plotly-plot").first
+    networks = labelled(explorer, "networks", "input")
+    networks.fill("12")
+    networks.press("Enter")
+    generate, stop = (explorer.get_by_role("button", name=n) for n in ("Generate", "Stop"))
+    generate.click()
+    wait_for(page, lambda: "12 of 12 networks" in explorer.text_content())
+    wait_for(page, lambda: points(scatter, "generated here") == 12)
+    networks.fill("5000")
+    networks.press("Enter")
+    wait_for(page, lambda: generate.is_enabled())
+    generate.click()
+    wait_for(page, lambda: points(scatter, "generated here") > 12)
+    stop.click()
+    status = explorer.locator(".widget-html", has_text="stopped")
+    status.wait_for()
+    kept = int(re.search(r"stopped; (\d+) of 5000", status.text_content())[1])
+    wait_for(page, lambda: points(scatter, "generated here") == 12 + kept)
+    assert 10 <= kept < 5000
+    explorer.screenshot(path=f"{picture}-denoising-used.png")
+    page.locator(".pdiff-scatter").screenshot(path=f"{picture}-scatter-generated.png")
+
+
+def use_sweep(page, picture):
+    """Another measure, panels, a method less."""
+    explorer = page.locator(".pdiff-sweep")
+    figure = explorer.locator(".js-plotly-plot")
+    figure.locator(".points path.point").first.wait_for()
+    explorer.scroll_into_view_if_needed()
+    title = figure.locator(".gtitle")
+    assert "accuracy (%) against k_checkpoints" in title.text_content() and points(figure, "p-diff") == 3
+    labelled(explorer, "y", "select").select_option("max_similarity")
+    wait_for(page, lambda: "maximum similarity to the originals (IoU) against" in title.text_content())
+    labelled(explorer, "panels by", "select").select_option("seed")
+    wait_for(page, lambda: "seed = 1" in figure.locator(".infolayer").text_content())
+    assert figure.locator(".subplot").count() == 2 and "Pooled" not in explorer.text_content()
+    explorer.screenshot(path=f"{picture}-sweep.png")
+    labelled(explorer, "panels by", "select").select_option("(none)")
+    wait_for(page, lambda: figure.locator(".subplot").count() == 1)
+    labelled(explorer, "x", "select").select_option("seed")
+    wait_for(page, lambda: "against seed" in title.text_content())
+    box(explorer, "original").uncheck()
+    wait_for(page, lambda: points(figure, "original") == 0)
+    assert points(figure, "p-diff") == 2 and "k_checkpoints (3 values)" in explorer.text_content()
+    explorer.screenshot(path=f"{picture}-sweep-used.png")

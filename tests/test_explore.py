@@ -30,7 +30,7 @@ def scatter(experiments):
 
 
 def visible(figure) -> set[str]:
-    return {t.name for t in figure.data if t.visible is not False and t.name not in ("chosen", "nearest original")}
+    return {t.name for t in figure.data if t.opacity != 0 and t.hoverinfo != "skip" and t.name not in ("chosen", "nearest original")}
 
 
 def test_every_network_is_a_point_in_both_figures(scatter, experiments):
