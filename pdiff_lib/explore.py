@@ -79,6 +79,7 @@ class Scatter(widgets.VBox):
         title = self.experiments[0].title
         self.points = Figure(self._drawn_points())
         self.map = Figure(self._drawn_map())
+        self._hover = [{trace.name: trace.hovertemplate for trace in figure.data} for figure in (self.points, self.map)]
         self.heatmaps, self.confusion = Figure(), Figure()
         for figure in (self.points, self.map):
             for trace in figure.data:
@@ -160,8 +161,9 @@ class Scatter(widgets.VBox):
             for point, place, _ in self._clouds():
                 # Without opacity and hover a trace is gone, for a third of the time that `visible` takes to draw.
                 shown = self._shown(point.name)
-                point.opacity = place.opacity = float(shown)
-                point.hoverinfo = place.hoverinfo = "all" if shown else "skip"
+                for trace, template in zip((point, place), self._hover):
+                    trace.opacity, trace.hoverinfo = float(shown), "all" if shown else "skip"
+                    trace.hovertemplate = template[point.name] if shown else ""  # which would count more than `hoverinfo`
 
     def _paint(self, _change=None) -> None:
         column = self.colour.value
