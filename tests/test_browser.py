@@ -146,7 +146,7 @@ def points(figure, method: str) -> int:
 
 def box(explorer, method: str):
     """The check box of a method."""
-    return explorer.locator(".widget-checkbox", has_text=re.compile(rf"(^|\s){method}\s*$")).locator("input")
+    return explorer.locator(".widget-checkbox", has_text=re.compile(rf"(^|[\s\u200b]){method}\s*$")).locator("input")
 
 
 def wait_for(page, what, seconds=60.0):
