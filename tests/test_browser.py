@@ -208,14 +208,18 @@ def use_scatter(page, picture):
     assert plane.evaluate("e => e._fullData.find(t => t.name == 'original').selectedpoints.length") == 24
     explorer.screenshot(path=f"{picture}-scatter-used.png")
 
-    labelled(explorer, "as", "select").select_option("csv")
+    assert len(exported(page, explorer, "csv").splitlines()) == 1 + 24
+
+
+def exported(page, explorer, kind: str) -> str:
+    """The file that the export button gives to the browser."""
+    labelled(explorer, "as", "select").select_option(kind)
     explorer.get_by_role("button", name="Export").click()
-    link = explorer.locator("a[download]")
+    link = explorer.locator(f'a[download$=".{kind}"]')
     link.wait_for()
     with page.expect_download() as download:
         link.click()
-    with open(download.value.path()) as f:
-        assert len(f.readlines()) == 1 + 24
+    return download.value.path().read_text()
 
 
 def click(page, figure, method: str, number: int) -> None:
@@ -312,4 +316,6 @@ def use_sweep(page, picture):
     box(explorer, "original").uncheck()
     wait_for(page, lambda: points(figure, "original") == 0)
     assert points(figure, "p-diff") == 2 and "k_checkpoints (3 values)" in explorer.text_content()
+    svg = exported(page, explorer, "svg")
+    assert svg.startswith("<svg") and "seed of network and zoo" in svg
     explorer.screenshot(path=f"{picture}-sweep-used.png")
