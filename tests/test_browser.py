@@ -1,6 +1,5 @@
 """In a real browser: the committed quickstart's figures, and the explorers in JupyterLab and as a page of their own."""
 
-import json
 import re
 import shutil
 import sys
