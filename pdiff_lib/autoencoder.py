@@ -51,6 +51,45 @@ class Autoencoder(nn.Module):
         return self.decoder(self.to_inner(z).view(-1, *self.inner)).squeeze(1)[:, : self.numel]
 
 
+class PCA(nn.Module):
+    """Principal components in the autoencoder's place: the linear map that loses least of the vectors it was made of.
+
+    K vectors span at most K-1 directions, so K-1 components rebuild them exactly.
+
+    Args:
+        numel: D.
+        latent_dim: L, components.
+    """
+
+    def __init__(self, numel: int, latent_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(numel))
+        self.register_buffer("basis", torch.zeros(latent_dim, numel))
+
+    @classmethod
+    def of(cls, v: Float[Tensor, "K D"], latent_dim: int) -> PCA:
+        """The components of standardised vectors, at most `min(latent_dim, K-1, D)` of them."""
+        mean = v.double().mean(dim=0)
+        basis = torch.linalg.svd(v.double() - mean, full_matrices=False).Vh[:min(latent_dim, len(v) - 1)]
+        pca = cls(v.shape[1], len(basis)).to(v.device)
+        pca.mean.copy_(mean)
+        pca.basis.copy_(basis)
+        return pca
+
+    def encode(self, v: Float[Tensor, "B D"]) -> Float[Tensor, "B L"]:
+        """Standardised vectors to coordinates."""
+        return (v - self.mean) @ self.basis.T
+
+    def decode(self, z: Float[Tensor, "B L"]) -> Float[Tensor, "B D"]:
+        """Coordinates to standardised vectors."""
+        return z @ self.basis + self.mean
+
+
+def create(settings: recipe.Autoencoder, numel: int, latent_dim: int) -> nn.Module:
+    """The untrained encoder and decoder of a recipe."""
+    return PCA(numel, latent_dim) if settings.ae_kind == "pca" else Autoencoder(numel, latent_dim, settings.ae_channels)
+
+
 def noisy_reconstruction_loss(ae: Autoencoder, v: Float[Tensor, "B D"], sigma_v: float, sigma_z: float,
                               generator: torch.Generator) -> Float[Tensor, ""]:
     """Mean squared error of Eq. 5, against the **noisy** input, as the authors have it (the text says v_k)."""
@@ -63,8 +102,8 @@ def noisy_reconstruction_loss(ae: Autoencoder, v: Float[Tensor, "B D"], sigma_v:
 
 
 def fit(v: Float[Tensor, "K D"], settings: recipe.Autoencoder, *, checkpoint: Checkpoint | None = None,
-        progress: bool = True) -> tuple[Autoencoder, Float[Tensor, "steps"]]:
-    """Train an autoencoder on standardised vectors.
+        progress: bool = True) -> tuple[nn.Module, Float[Tensor, "steps"]]:
+    """Train an autoencoder on standardised vectors (of kind "pca": fit it).
 
     Args:
         v: [K D], standardised, on the device to train on.
@@ -73,11 +112,13 @@ def fit(v: Float[Tensor, "K D"], settings: recipe.Autoencoder, *, checkpoint: Ch
         progress: show a bar.
 
     Returns:
-        The autoencoder in eval mode, and the loss of each step.
+        The autoencoder in eval mode, and the loss of each step (none of PCA).
     """
+    if settings.ae_kind == "pca":
+        return PCA.of(v, settings.latent_dim).eval(), torch.empty(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed_for(settings.pdiff_seed, "autoencoder"))
-        ae = Autoencoder(v.shape[1], settings.latent_dim, settings.ae_channels).to(v.device)
+        ae = create(settings, v.shape[1], settings.latent_dim).to(v.device)
     generator = torch.Generator(v.device)
 
     def loss_at(i: int) -> Tensor:

@@ -15,8 +15,22 @@ from pdiff_lib import subset
 from pdiff_lib.diffusion import randn
 
 
+def gaussian(theta: Float[Tensor, "K D"], n: int, generator: torch.Generator | None = None,
+             scale: float = 1.0) -> Float[Tensor, "n D"]:
+    """Draws from N(mean, scale^2 covariance) of vectors: exact without ever forming the [D D] covariance."""
+    mean = theta.mean(dim=0)
+    weights = scale * randn((n, len(theta)), theta.device, generator) / (len(theta) - 1) ** 0.5
+    return mean + weights @ (theta - mean)
+
+
 class Baseline:
-    """Remembers the checkpoints; `fit` refuses what cannot be a zoo."""
+    """Remembers the checkpoints; `fit` refuses what cannot be a zoo.
+
+    Attributes:
+        single: every sample is the same vector, so that one is enough to be measured.
+    """
+
+    single = False
 
     def fit(self, theta: Float[Tensor, "K D"]) -> Baseline:
         """Learn from raw checkpoints.
@@ -63,9 +77,53 @@ class Noise(Baseline):
 class WeightAverage(Baseline):
     """The mean of the originals, which the paper calls "ensemble"; every sample is the same vector."""
 
+    single = True
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
         """The mean, n times."""
         return self.theta.mean(dim=0).expand(n, -1).clone()
+
+
+class TensorMeans(Baseline):
+    """Every tensor filled with its own mean over its numbers and the originals: the level of each tensor and nothing else.
+
+    Where this is as accurate as the originals, accuracy says nothing about which parameters were generated.
+
+    Args:
+        sizes: lengths of the tensors; None: the vector as one tensor.
+    """
+
+    single = True
+
+    def __init__(self, sizes: Sequence[int] | None = None):
+        self.sizes = sizes
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """The levels, n times."""
+        return subset.Standardiser(self.theta, self.sizes).mean.expand(n, -1).clone()
+
+
+class Fixed(Baseline):
+    """A given vector, whatever the originals are: the network before they were fine-tuned from it, say.
+
+    Args:
+        vector: [D], raw.
+    """
+
+    single = True
+
+    def __init__(self, vector: Float[Tensor, "D"]):
+        self.vector = vector
+
+    def fit(self, theta: Float[Tensor, "K D"]) -> Fixed:
+        """As `Baseline.fit`; also refuses originals of another length."""
+        subset.check(theta, len(self.vector))
+        super().fit(theta)
+        return self
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """The vector, n times."""
+        return self.vector.to(self.theta).expand(n, -1).clone()
 
 
 class Interpolation(Baseline):
@@ -81,10 +139,107 @@ class Interpolation(Baseline):
 
 
 class Gaussian(Baseline):
-    """N(mean, covariance) of the originals, rank K-1: exact without ever forming the [D D] covariance."""
+    """N(mean, covariance) of the originals, rank K-1.
+
+    Args:
+        scale: of the standard deviations; 1 = as the originals.
+    """
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
         """n draws."""
-        mean = self.theta.mean(dim=0)
-        weights = randn((n, len(self.theta)), self.theta.device, generator) / (len(self.theta) - 1) ** 0.5
-        return mean + weights @ (self.theta - mean)
+        return gaussian(self.theta, n, generator, self.scale)
+
+
+class SubsetAverage(Baseline):
+    """The mean of `size` different random originals.
+
+    Args:
+        size: how many; at most K (`fit` refuses more).
+    """
+
+    def __init__(self, size: int):
+        if size < 1:
+            raise ValueError(f"size is {size}: expected at least 1 original to average")
+        self.size = size
+
+    def fit(self, theta: Float[Tensor, "K D"]) -> SubsetAverage:
+        """As `Baseline.fit`; also refuses fewer originals than are averaged."""
+        subset.check(theta, at_least=self.size)
+        super().fit(theta)
+        return self
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """n means, each of a subset of its own."""
+        where = generator.device if generator else self.theta.device
+        chosen = torch.rand(n, len(self.theta), generator=generator, device=where).topk(self.size).indices
+        weights = torch.zeros(n, len(self.theta), device=where).scatter_(1, chosen, 1 / self.size)
+        return weights.to(self.theta) @ self.theta
+
+
+class SWAG(Baseline):
+    """Gaussian around the average: half its covariance diagonal, half of low rank from the last deviations.
+
+    Args:
+        rank: how many of the last checkpoints give the low-rank part; at least two.
+
+    Source: Maddox et al. 2019, "A Simple Baseline for Bayesian Uncertainty in Deep Learning", Section 3.3: deviations are
+    from the running mean; one checkpoint per step here, not per epoch.
+    """
+
+    def __init__(self, rank: int = 20):
+        if rank < 2:
+            raise ValueError(f"rank is {rank}: expected at least 2")
+        self.rank = rank
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """n draws."""
+        theta, device = self.theta, self.theta.device
+        mean, std = theta.mean(dim=0), theta.std(dim=0, correction=0)
+        steps = torch.arange(1, len(theta) + 1, device=device)
+        running = (theta.double().cumsum(dim=0) / steps[:, None])[-self.rank:]
+        last = (theta[-self.rank:] - running).to(theta.dtype)
+        diagonal = std * randn((n, theta.shape[1]), device, generator)
+        low_rank = randn((n, len(last)), device, generator) @ last / max(len(last) - 1, 1) ** 0.5
+        return mean + (diagonal + low_rank) / 2**0.5
+
+
+class LatentKDE(Baseline):
+    """S_KDE30: kernel density estimates of the latents of the most accurate originals, one per latent dimension, sampled
+    and decoded.
+
+    Args:
+        autoencoder: anything with `encode(theta)` and `decode(z)`, already trained.
+        accuracy: of the vectors that `fit` gets, one each; fractions.
+        share: of them that is kept, the most accurate first; at least two.
+
+    Raises:
+        ValueError: a share that is not within (0, 1].
+
+    Source: Schuerholt et al. 2022 (S_KDE30 of Table 7): dimensions independent of each other. Gaussian kernels with Scott's
+        bandwidth, n^(-1/5) standard deviations; their autoencoder is another one (attention, with a contrastive loss).
+    """
+
+    def __init__(self, autoencoder, accuracy: Float[Tensor, "K"], share: float = 0.3):
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}: expected more than 0 and at most 1")
+        self.autoencoder, self.accuracy, self.share = autoencoder, accuracy, share
+
+    def fit(self, theta: Float[Tensor, "K D"]) -> LatentKDE:
+        """As `Baseline.fit`; also refuses another number of vectors than of accuracies."""
+        super().fit(theta)
+        if len(self.accuracy) != len(theta):
+            raise ValueError(f"{len(self.accuracy)} accuracies for {len(theta)} vectors: expected one each")
+        best = self.accuracy.argsort(descending=True, stable=True)[:max(2, round(self.share * len(theta)))]
+        self.z = self.autoencoder.encode(theta[best.to(theta.device)])
+        self.bandwidth = self.z.std(dim=0) * len(self.z) ** -0.2
+        return self
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+        """n decoded draws."""
+        where = generator.device if generator else self.z.device
+        picks = torch.randint(len(self.z), (n, self.z.shape[1]), generator=generator, device=where).to(self.z.device)
+        z = self.z.gather(0, picks) + self.bandwidth * randn(picks.shape, self.z.device, generator)
+        return self.autoencoder.decode(z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,55 @@ class Denoiser(nn.Module):
         return self.convs[-1](h + time).squeeze(1)
 
 
+class ResidualMLP(nn.Module):
+    """A light denoiser: residual blocks of two linear layers, the time embedding added before each.
+
+    It learns v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) z and answers with the eps that follows from it: an MLP that
+    learns eps itself leaves samples that are far too wide, as its error at the noisy end is divided by sqrt(alpha_bar).
+
+    Args:
+        latent_dim: L.
+        alpha_bar: [T] of the schedule.
+        width: of the hidden layers.
+        blocks: how many.
+
+    Source: Salimans and Ho 2022, Section 4 (v-prediction); not the paper's.
+    """
+
+    def __init__(self, latent_dim: int, alpha_bar: Float[Tensor, "T"], width: int = 512, blocks: int = 3):
+        super().__init__()
+        self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)
+        self.enter, self.leave = nn.Linear(latent_dim, width), nn.Linear(width, latent_dim)
+        self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(),
+                                                  nn.Linear(width, width)) for _ in range(blocks))
+
+    def velocity(self, x: Float[Tensor, "B L"], t: Int64[Tensor, "B"]) -> Float[Tensor, "B L"]:
+        """v_theta(x_t, t)."""
+        time, h = self.time(sinusoidal(t)), self.enter(x)
+        for block in self.blocks:
+            h = h + block(h + time)
+        return self.leave(h)
+
+    def forward(self, x: Float[Tensor, "B L"], t: Int64[Tensor, "B"]) -> Float[Tensor, "B L"]:
+        """eps_theta(x_t, t)."""
+        return self.signal[t, None] * self.velocity(x, t) + self.noise[t, None] * x
+
+    def loss(self, z: Float[Tensor, "B L"], t: Int64[Tensor, "B"], eps: Float[Tensor, "B L"],
+             schedule: Schedule) -> Float[Tensor, "B"]:
+        """Squared error of v, averaged over the latent, for each of the batch."""
+        v = self.signal[t, None] * eps - self.noise[t, None] * z
+        return (self.velocity(schedule.add_noise(z, eps, t), t) - v).square().mean(dim=1)
+
+
+def create(settings: recipe.Diffusion, latent_dim: int, schedule: Schedule) -> nn.Module:
+    """The untrained denoiser of a recipe."""
+    if settings.denoiser_kind == "mlp":
+        return ResidualMLP(latent_dim, schedule.alpha_bar, settings.mlp_width)
+    return Denoiser(latent_dim, settings.denoiser_channels)
+
+
 def sinusoidal(t: Int64[Tensor, "B"], features: int = TIME_FEATURES) -> Float[Tensor, "B F"]:
     """Sines and cosines of t at wavelengths from 2 pi to 20,000 pi."""
     rates = torch.exp(torch.arange(features // 2, device=t.device) * (-math.log(10_000) / (features // 2)))
@@ -65,7 +115,7 @@ def noise_loss(net: nn.Module, z: Float[Tensor, "B L"], t: Int64[Tensor, "B"], e
 
 
 def fit(z: Float[Tensor, "K L"], schedule: Schedule, settings: recipe.Diffusion, seed: int = 0, *,
-        checkpoint: Checkpoint | None = None, progress: bool = True) -> tuple[Denoiser, Float[Tensor, "steps"]]:
+        checkpoint: Checkpoint | None = None, progress: bool = True) -> tuple[nn.Module, Float[Tensor, "steps"]]:
     """Train a denoiser on latents.
 
     Args:
@@ -81,7 +131,8 @@ def fit(z: Float[Tensor, "K L"], schedule: Schedule, settings: recipe.Diffusion,
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed_for(seed, "denoiser"))
-        net = Denoiser(z.shape[1], settings.denoiser_channels).to(z.device)
+        net = create(settings, z.shape[1], schedule).to(z.device)
+    error = net.loss if isinstance(net, ResidualMLP) else partial(noise_loss, net)
     generator = torch.Generator(z.device)
 
     def loss_at(i: int) -> Tensor:
@@ -89,7 +140,7 @@ def fit(z: Float[Tensor, "K L"], schedule: Schedule, settings: recipe.Diffusion,
         pick = torch.randint(len(z), (settings.diffusion_batch,), device=z.device, generator=generator)
         t = torch.randint(schedule.T, (settings.diffusion_batch,), device=z.device, generator=generator)
         eps = torch.randn(settings.diffusion_batch, z.shape[1], device=z.device, generator=generator)
-        return noise_loss(net, z[pick], t, eps, schedule).mean()
+        return error(z[pick], t, eps, schedule).mean()
 
     optimizer = torch.optim.AdamW(net.parameters(), settings.diffusion_lr, weight_decay=settings.diffusion_weight_decay)
     losses = training.loop(loss_at, settings.diffusion_steps, {"denoiser": net.train()}, optimizer, checkpoint=checkpoint,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,12 +16,30 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from pdiff_lib import baselines, capture, data, evaluate, networks, pdiff, similarity, subset, training, zoo
-from pdiff_lib.recipe import Recipe
+from pdiff_lib import (
+    autoencoder,
+    baselines,
+    capture,
+    data,
+    denoiser,
+    diffusion,
+    evaluate,
+    networks,
+    pdiff,
+    population,
+    similarity,
+    subset,
+    symmetry,
+    training,
+    vae,
+    zoo,
+)
+from pdiff_lib.recipe import Autoencoder, Diffusion, Recipe, Sampling, Vae
 from pdiff_lib.runs import Store, tensor_digest
 
 ORIGINAL, AVERAGE, PDIFF = "original", "average", "p-diff"
 STEP = (zoo._classification, data.Images.augment, data._random_crop, data.epoch_order, training)  # code of one training step
+SAMPLED = (autoencoder, denoiser, diffusion, baselines.gaussian, subset.Standardiser)  # code of sampling
 
 
 class TrainingPath(NamedTuple):
@@ -48,40 +67,76 @@ class Experiment:
         store: where stages are kept; None: `runs/stages`.
         device: for everything; None: CUDA when there is one.
         progress: show progress bars.
+        shared: what experiments over the same images or network have in common; hand the same dict to all of them.
+
+    Attributes:
+        seconds: of each method, once it has been used: "fit" and "sample", as computed, also when read back.
 
     Raises:
         ValueError: unknown dataset or network, images that the network does not take, a subset that matches nothing, ...
     """
 
-    def __init__(self, recipe: Recipe, store: Store | None = None, device: str | None = None, progress: bool = True):
+    def __init__(self, recipe: Recipe, store: Store | None = None, device: str | None = None, progress: bool = True,
+                 shared: dict[Any, Any] | None = None):
         self.recipe, self.store, self.progress = recipe, store or Store(), progress
+        self._shared = {} if shared is None else shared
         self.device = training.device_of(device)
         d, b = recipe.data, recipe.base
-        self.images = data.load(d.dataset, size=d.image_size, channels=d.image_channels or None,
-                                train_images=d.train_images, test_images=d.test_images, seed=d.data_seed)
+        if d not in self._shared:
+            self._shared[d] = data.load(d.dataset, size=d.image_size, channels=d.image_channels or None,
+                                        train_images=d.train_images, test_images=d.test_images, seed=d.data_seed)
+        self.images = self._shared[d]
         self._initial = networks.create(b.network, self.images.num_classes, self.images.channels, self.images.size,
                                     b.pretrained, b.weights or None, seed=b.seed)
         networks.check(self._initial, (self.images.channels, self.images.size, self.images.size))
         self.subset = subset.select(self._initial, recipe.zoo.subset)
+        self._check_population()
         self.methods: dict[str, Any] = self._methods()
+        self.seconds: dict[str, dict[str, float]] = {}
         self._fitted: dict[str, Any] = {}
         self._theta: dict[str, Tensor] = {}
         self._predictions: dict[str, Tensor] = {}
+
+    def _check_population(self) -> None:
+        p = self.recipe.population
+        if self.independent and self.recipe.zoo.subset != "all":
+            raise ValueError(f"subset is {self.recipe.zoo.subset!r} with zoo_mode 'independent': expected 'all', as networks "
+                             "that are trained independently share no parameters")
+        if self.independent:
+            population.check(self._initial, self.recipe.base)
+        if p.alignment != "none" or p.permutations:
+            self._symmetry = symmetry.groups(self._initial, self.subset)
+
+    @property
+    def independent(self) -> bool:
+        """Whether the originals are trained independently of each other, not one fine-tuning."""
+        return self.recipe.population.zoo_mode == "independent"
 
     @property
     def title(self) -> str:
         """Network, dataset and scale, for titles of figures."""
         r = self.recipe
         return (f"{r.base.network}, {r.data.dataset} at {self.images.size} px, {r.zoo.subset}, "
-                f"D = {self.subset.numel:,}, K = {r.zoo.k_checkpoints}")
+                f"D = {self.subset.numel:,}, K = {r.zoo.k_checkpoints}{' independent' * self.independent}"
+                f"{', aligned' * (r.population.alignment != 'none')}")
 
     def _methods(self) -> dict[str, Any]:
-        r, sizes = self.recipe, self.subset.sizes
-        settings = {k: v for part in (r.autoencoder, r.diffusion, r.sampling) for k, v in dataclasses.asdict(part).items()}
-        return {PDIFF: pdiff.PDiff(sizes, self.device, self.progress, **settings),
-                **{f"noise {s:g}": baselines.Noise(s, sizes) for s in r.comparison.noise_scales},
+        return {PDIFF: self.pdiff(),
+                **{f"noise {s:g}": baselines.Noise(s, self.subset.sizes) for s in self.recipe.comparison.noise_scales},
                 AVERAGE: baselines.WeightAverage(), "interpolation": baselines.Interpolation(),
                 "gaussian": baselines.Gaussian()}
+
+    def pdiff(self, **other: Any) -> pdiff.PDiff:
+        """P-diff with the recipe's settings, some of them others: `add("p-diff, PCA", e.pdiff(ae_kind="pca"))`."""
+        return self._made(pdiff.PDiff, (Autoencoder, Diffusion, Sampling), other)
+
+    def vae(self, **other: Any) -> vae.VAE:
+        """The VAE of Table 8 with the recipe's settings, some of them others."""
+        return self._made(vae.VAE, (Autoencoder, Vae), other)
+
+    def _made(self, kind: type, sections: tuple[type, ...], other: dict[str, Any]) -> Any:
+        own = {k: v for c in sections for k, v in dataclasses.asdict(getattr(self.recipe, c.__name__.lower())).items()}
+        return kind(self.subset.sizes, self.device, self.progress, **own | other)
 
     def add(self, name: str, method: Any) -> None:
         """Put a method of your own beside the others: anything with `fit(theta)` and `sample(n, generator)`."""
@@ -91,7 +146,11 @@ class Experiment:
 
     @cached_property
     def net(self) -> nn.Module:
-        """The trained network, in eval mode (stage "network", Table 5a)."""
+        """The trained network, in eval mode (stage "network", Table 5a).
+
+        With independent originals: the initial one, in which any of them can be evaluated (it has no running statistics)."""
+        if self.independent:
+            return copy.deepcopy(self._initial).to(self.device).eval()
         base = dataclasses.asdict(self.recipe.base)
 
         def compute(checkpoint):
@@ -151,7 +210,18 @@ class Experiment:
 
     @cached_property
     def zoo(self) -> zoo.Zoo:
-        """The originals (stage "zoo", Table 5b)."""
+        """The originals: one fine-tuning (stage "zoo", Table 5b) or a population (stage "population", Table 7); aligned, if
+        that is asked for: of the same functions, with their units in the order of the first one's."""
+        z = self._population() if self.independent else self._trajectory()
+        if self.recipe.population.alignment == "none":
+            return z
+        return dataclasses.replace(z, theta=symmetry.align(z.theta, z.theta[0], self._symmetry))
+
+    def _population(self) -> zoo.Zoo:
+        return population.collect(self.images, self.recipe.zoo.k_checkpoints, store=self.store, device=self.device,
+                                  progress=self.progress, **dataclasses.asdict(self.recipe.base))
+
+    def _trajectory(self) -> zoo.Zoo:
         base, own = self.recipe.base, dataclasses.asdict(self.recipe.zoo)
         augmentation = {"seed": base.seed, "flip": base.flip, "crop_scale": base.crop_scale}
 
@@ -164,14 +234,24 @@ class Experiment:
         stage = self.store.stage("zoo", key, compute, code=(zoo.collect, *STEP))
         return zoo.Zoo(stage["theta"], self.subset.names, self.subset.shapes, stage["losses"])
 
+    @cached_property
+    def learned_from(self) -> Float[Tensor, "n D"]:
+        """What methods are fitted to: the originals, then their randomly permuted copies (`permutations` of each)."""
+        copies = self.recipe.population.permutations
+        if not copies:
+            return self.zoo.theta
+        return symmetry.augment(self.zoo.theta, self._symmetry, copies, self.generator("permutations"))
+
     def fitted(self, name: str) -> Any:
         """A method, fitted to the zoo."""
         if name not in self.methods:
             raise ValueError(f"no method {name!r}: expected one of {', '.join(self.methods)}")
         if name not in self._fitted:
             method = self.methods[name]
-            kept = {"store": self.store} if isinstance(method, pdiff.PDiff) else {}
-            self._fitted[name] = method.fit(self.zoo.theta, **kept) or method
+            kept = {"store": self.store} if "store" in inspect.signature(method.fit).parameters else {}
+            theta = self.learned_from
+            fitted, seconds = self.store.spent(lambda: method.fit(theta, **kept) or method)
+            self._fitted[name], self.seconds[name] = fitted, {"fit": seconds}
         return self._fitted[name]
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -179,24 +259,23 @@ class Experiment:
         return torch.Generator().manual_seed(training.seed_for(self.recipe.autoencoder.pdiff_seed, purpose))
 
     def theta(self, name: str) -> Float[Tensor, "M D"]:
-        """The networks of a method: the originals, or `samples` new ones (a single one for the weight average)."""
+        """The networks of a method: the originals, or `samples` new ones (one, of a method whose samples are all the same)."""
         if name == ORIGINAL:
             return self.zoo.theta
         if name not in self._theta:
-            n = 1 if name == AVERAGE else self.recipe.comparison.samples
             method = self.fitted(name)
+            n = 1 if getattr(method, "single", False) else self.recipe.comparison.samples
 
-            def compute(_checkpoint):
+            def compute(_checkpoint=None):
                 return {"theta": method.sample(n, generator=self.generator(f"sample {name}"))}
 
-            if isinstance(method, pdiff.PDiff):
-                key = {"autoencoder": tensor_digest(method.ae.state_dict()), "n": n, "name": name,
-                       "denoiser": tensor_digest(method.denoiser.state_dict()), "zoo": tensor_digest(self.zoo.theta),
-                       **{k: v for p in (method.diffusion_settings, method.sampling, method.ae_settings)
-                          for k, v in dataclasses.asdict(p).items()}}
-                stage = self.store.stage("generated", key, compute, code=(pdiff.PDiff, pdiff.diffusion, subset.Standardiser))
-            else:
-                stage = compute(None)
+            def sample():
+                if not hasattr(method, "fingerprint"):
+                    return compute()
+                key = {"n": n, "name": name, "seed": self.recipe.autoencoder.pdiff_seed, **method.fingerprint}
+                return self.store.stage("generated", key, compute, code=(type(method), *SAMPLED))
+
+            stage, self.seconds[name]["sample"] = self.store.spent(sample)
             subset.check(stage["theta"], self.subset.numel)
             self._theta[name] = stage["theta"].cpu()
         return self._theta[name]
@@ -204,8 +283,11 @@ class Experiment:
     @cached_property
     def evaluator(self) -> evaluate.Evaluator:
         """The trained network over the test images, captured once for all methods."""
-        return evaluate.Evaluator(self.net, self.subset, self.images.x_test, prepare=self.images.prepare,
-                                  device=self.device, progress=self.progress)
+        key = self.net_digest, self.subset.names, self.images.digest
+        if key not in self._shared:
+            self._shared[key] = evaluate.Evaluator(self.net, self.subset, self.images.x_test, prepare=self.images.prepare,
+                                                   device=self.device, progress=self.progress)
+        return self._shared[key]
 
     def predictions_of(self, theta: Float[Tensor, "M D"]) -> Integer[Tensor, "M N"]:
         """The class that any parameter vectors give to each test image (stage "predictions")."""
@@ -238,16 +320,17 @@ class Experiment:
         Columns: `method`, `index`, `accuracy` (fraction), `max_similarity` (Eq. 7), `nearest` (index of that original),
         `distance` (Euclidean, to the nearest original), `outside_span` (see `similarity.outside_span`).
         """
-        parts = []
-        for name in names or [ORIGINAL, *self.methods]:
-            wrong, theta, own = self.wrong(name), self.theta(name), name == ORIGINAL
-            value, nearest = similarity.nearest(wrong, self.wrong(ORIGINAL), exclude_self=own)
-            parts.append(pd.DataFrame({
-                "method": name, "index": range(len(wrong)), "accuracy": evaluate.accuracy(wrong).numpy(),
-                "max_similarity": value.numpy(), "nearest": nearest.numpy(),
-                "distance": similarity.distance(theta, self.zoo.theta, exclude_self=own).numpy(),
-                "outside_span": similarity.outside_span(theta, self.zoo.theta).numpy()}))
-        return pd.concat(parts, ignore_index=True)
+        return pd.concat([self.frame_of(name, self.theta(name)) for name in names or [ORIGINAL, *self.methods]], ignore_index=True)
+
+    def frame_of(self, name: str, theta: Float[Tensor, "M D"]) -> pd.DataFrame:
+        """The rows of `frame` for any parameter vectors under a name; `ORIGINAL`: an original is not compared with itself."""
+        wrong, own = self.wrong_of(theta), name == ORIGINAL
+        value, nearest = similarity.nearest(wrong, self.wrong(ORIGINAL), exclude_self=own)
+        return pd.DataFrame({
+            "method": name, "index": range(len(wrong)), "accuracy": evaluate.accuracy(wrong).numpy(),
+            "max_similarity": value.numpy(), "nearest": nearest.numpy(),
+            "distance": similarity.distance(theta, self.zoo.theta, exclude_self=own).numpy(),
+            "outside_span": similarity.outside_span(theta, self.zoo.theta).numpy()})
 
     def summary(self, names: list[str] | None = None) -> pd.DataFrame:
         """A row per method: n, accuracy (mean, std, best; best on one half of the images, reported on the other), and

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from pdiff_lib import evaluate, plots, similarity
+from pdiff_lib import palette, plots
 from pdiff_lib.experiment import ORIGINAL, Experiment
 from pdiff_lib.explore_denoising import Denoising
-from pdiff_lib.explore_sweep import Sweep, results, settings
+from pdiff_lib.explore_sweep import Sweep, settings
 from pdiff_lib.widget import WIDE, WRAP, Export, Figure, show
 
 __all__ = ["Denoising", "Scatter", "Sweep", "results", "settings"]
@@ -90,7 +90,7 @@ class Scatter(widgets.VBox):
         scales = sorted({float(m[1]) for name in self._methods if (m := re.fullmatch(r"noise (\S+)", name))})
         self.noise = widgets.SelectionSlider(options=["all", *(f"{s:g}" for s in scales)], description="noise scale (std)",
                                              style=WIDE, layout={"width": "330px"})
-        self.boxes = {name: widgets.Checkbox(True, description=f"{plots.mark(i)} {html.escape(name)}", description_allow_html=True,
+        self.boxes = {name: widgets.Checkbox(True, description=f"{palette.mark(i)} {html.escape(name)}", description_allow_html=True,
                                              indent=False, layout={"width": "auto", "margin": "0 14px 0 0"})
                       for i, name in enumerate(self._methods)}
         self.colour = widgets.Dropdown(options=["method", "step", *self.varied, "distance", "outside_span"],
@@ -142,7 +142,7 @@ class Scatter(widgets.VBox):
         # The check boxes are the legend: drawing one again doubles the time of a slider's step.
         return fig.update_layout(title={"text": title, "y": 1, "yanchor": "top", "pad": {"t": 12}}, width=560, height=470,
                                  uirevision="zoom", dragmode="lasso", margin={"r": 15, "t": 70}, showlegend=False, coloraxis={
-                                     "colorscale": plots.SEQUENTIAL, "showscale": False, "colorbar": {
+                                     "colorscale": palette.SEQUENTIAL, "showscale": False, "colorbar": {
                                          "thickness": 10, "title": {"side": "right"}}})
 
     def _clouds(self) -> Iterable[tuple[go.Scatter, go.Scatter, pd.DataFrame]]:
@@ -169,13 +169,13 @@ class Scatter(widgets.VBox):
         column = self.colour.value
         with self.points.batch_update(), self.map.batch_update():
             for point, place, rows in self._clouds():
-                colour = plots.COLOURS[self._methods.index(point.name) % len(plots.COLOURS)]
+                colour = palette.COLOURS[self._methods.index(point.name) % len(palette.COLOURS)]
                 for trace in (point, place):
                     trace.marker.coloraxis = None if column == "method" else "coloraxis"
                     trace.marker.color = colour if column == "method" else self._number(rows[column])
             for figure in (self.points, self.map):
                 figure.layout.coloraxis.showscale = column != "method"
-                figure.layout.coloraxis.colorbar.title.text = plots.LABELS.get(column, column)
+                figure.layout.coloraxis.colorbar.title.text = palette.LABELS.get(column, column)
 
     def _number(self, values: pd.Series) -> np.ndarray:
         """Numbers as they are, words by their order among the runs' values."""
@@ -264,15 +264,9 @@ class Scatter(widgets.VBox):
     def measure(self, theta: Float[Tensor, "M D"]) -> tuple[pd.DataFrame, Tensor]:
         """Rows of the first experiment's frame for new networks, and their predictions."""
         e = self.experiments[0]
-        predictions = e.predictions_of(theta)
-        wrong = predictions != e.images.y_test.cpu()
-        value, nearest = similarity.nearest(wrong, e.wrong(ORIGINAL))
-        frame = pd.DataFrame({
-            "method": GENERATED, "index": range(len(self._theta), len(self._theta) + len(theta)),
-            "accuracy": evaluate.accuracy(wrong).numpy(), "max_similarity": value.numpy(), "nearest": nearest.numpy(),
-            "distance": similarity.distance(theta, e.zoo.theta).numpy(),
-            "outside_span": similarity.outside_span(theta, e.zoo.theta).numpy()})
-        return self._placed(frame, 0, lambda _: theta), predictions
+        frame = e.frame_of(GENERATED, theta)
+        frame["index"] += len(self._theta)
+        return self._placed(frame, 0, lambda _: theta), e.predictions_of(theta)
 
     def add(self, theta: Float[Tensor, "M D"], measured: tuple[pd.DataFrame, Tensor] | None = None) -> None:
         """Put new networks of the first experiment into the figures.

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pdiff_lib import plots
+from pdiff_lib import palette, plots
 from pdiff_lib.widget import WRAP, Export, Figure, show
 
-COMMITTED = Path(__file__).resolve().parent.parent / "figures" / "cifar10-k-results.parquet"
 METRICS = ["accuracy", "max_similarity", "distance", "outside_span", "seconds"]
 NETWORK = ["method", "index", "nearest", "run", "step", "PC1", "PC2", *METRICS]  # columns that are no settings
-
-
-def results(path: str = "") -> pd.DataFrame | None:
-    """A table that `pdiff results` wrote; without a path the committed one, None when there is none.
-
-    Raises:
-        ValueError: there is no file at the path.
-    """
-    if path and not Path(path).is_file():
-        raise ValueError(f"results is {path!r}: expected a Parquet file that `pdiff results` wrote")
-    return pd.read_parquet(path or COMMITTED) if path or COMMITTED.is_file() else None
 
 
 def settings(frame: pd.DataFrame) -> list[str]:
@@ -89,8 +75,8 @@ class Sweep(widgets.VBox):
         self.note.value = ("Points: mean over networks; bars: their standard deviation."
                            + (f" Pooled: {', '.join(pooled)}." if pooled else ""))
         numeric = pd.api.types.is_numeric_dtype(table[x]) and not pd.api.types.is_bool_dtype(table[x])
-        fig = plots.facets(self.table, x, y, facet, f"{plots.LABELS[y]} against {x}<br><sup>{self.title}</sup>",
-                           x_title=plots.LABELS.get(x, x), y_title=plots.LABELS[y],
+        fig = plots.facets(self.table, x, y, facet, f"{palette.LABELS[y]} against {x}<br><sup>{self.title}</sup>",
+                           x_title=palette.LABELS.get(x, x), y_title=palette.LABELS[y],
                            log_x=self.log_x.value and numeric and bool((table[x] > 0).all()))
         for trace in fig.data:
             trace.visible = self.boxes[trace.name].value

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pdiff_lib import autoencoder, denoiser, diffusion, recipe, subset, training
+from pdiff_lib.baselines import gaussian
 from pdiff_lib.runs import Checkpoint, Store, tensor_digest
 
 CHUNK = 32  # vectors per pass through the autoencoder: bounds memory at D = 80,000 and the paper's widths
@@ -72,15 +73,17 @@ class PDiff:
         self.z_mean, self.z_std = torch.zeros((), device=device), torch.ones((), device=device)
         if settings.standardise_latents:
             self.z_mean, self.z_std = self.z.mean(), self.z.std()
-        scaled = (self.z - self.z_mean) / self.z_std
+        self.scaled, self.denoiser, self.diffusion_losses = (self.z - self.z_mean) / self.z_std, None, torch.empty(0)
+        if settings.latent_model == "gaussian":
+            return self
 
         def train_denoiser(checkpoint: Checkpoint) -> dict[str, Tensor]:
-            net, losses = denoiser.fit(scaled, self.schedule, settings, seed, checkpoint=checkpoint, progress=self.progress)
+            net, losses = denoiser.fit(self.scaled, self.schedule, settings, seed, checkpoint=checkpoint, progress=self.progress)
             return {"losses": losses, **net.state_dict(prefix="net.")}
 
-        key = {"z": tensor_digest(scaled), "seed": seed, "device": device.type, **dataclasses.asdict(settings)}
+        key = {"z": tensor_digest(self.scaled), "seed": seed, "device": device.type, **dataclasses.asdict(settings)}
         stage = store.stage("denoiser", key, train_denoiser, code=(denoiser, diffusion.Schedule, training))
-        self.denoiser = denoiser.Denoiser(scaled.shape[1], settings.denoiser_channels)
+        self.denoiser = denoiser.create(settings, self.z.shape[1], self.schedule)
         self._load(self.denoiser, stage, device)
         self.diffusion_losses = stage["losses"]
         return self
@@ -99,10 +102,20 @@ class PDiff:
 
         key = {"v": tensor_digest(v), "device": device.type, **dataclasses.asdict(settings)}
         stage = (store or Store(None)).stage("autoencoder", key, train_autoencoder, code=(autoencoder, training))
-        self.ae = autoencoder.Autoencoder(v.shape[1], settings.latent_dim, settings.ae_channels)
+        self.ae = autoencoder.create(settings, v.shape[1], stage["z"].shape[1])
         self._load(self.ae, stage, device)
         self.ae_losses, self.z = stage["losses"], stage["z"].to(device)
         return self
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the samples of the fitted method depend on, their random numbers apart."""
+        parts = {"autoencoder": tensor_digest(self.ae.state_dict()), "z": tensor_digest(self.z), "standardise": tensor_digest(
+            {"mean": self.standardise.mean, "std": self.standardise.std})}
+        if self.denoiser is not None:
+            parts["denoiser"] = tensor_digest(self.denoiser.state_dict())
+        return {**parts, **{k: v for s in (self.diffusion_settings, self.sampling, self.ae_settings)
+                            for k, v in dataclasses.asdict(s).items()}}
 
     @staticmethod
     def _load(net: torch.nn.Module, stage: dict[str, Tensor], device: torch.device) -> None:
@@ -124,6 +137,8 @@ class PDiff:
         """Latents from noise; the callback sees each step's latents as the denoiser does (standardised if it is)."""
         if not hasattr(self, "denoiser"):
             raise ValueError("this PDiff has not seen any checkpoints: call fit(theta) first")
+        if self.denoiser is None:
+            return gaussian(self.z, n, generator)
         x = diffusion.randn((n, self.z.shape[1]), self.z.device, generator)
         if callback is not None:
             callback(self.schedule.T, x)
@@ -149,7 +164,12 @@ class PDiff:
             n: how many networks.
             moments: how many moments, first and last included; at most one per sampling step.
             generator: of the noise.
+
+        Raises:
+            ValueError: latents that come from a Gaussian have no way from noise.
         """
+        if self.diffusion_settings.latent_model != "diffusion":
+            raise ValueError(f"latent_model is {self.diffusion_settings.latent_model!r}: expected 'diffusion' for a trajectory")
         remaining = [*(t + 1 for t in self.schedule.ladder(self.sampling.sampling_steps)), 0]
         chosen = {remaining[round(i * (len(remaining) - 1) / max(moments - 1, 1))] for i in range(moments)}
         t, z = [], []
@@ -181,14 +201,14 @@ class PDiff:
         """
         theta = theta.to(self.z.device)
         v = self.standardise(theta)
-        scaled = (self.z - self.z_mean) / self.z_std
         generated = (self.sample_latents(n, generator) - self.z_mean) / self.z_std
         t = torch.arange(self.schedule.T, device=v.device).repeat(-(-1000 // self.schedule.T))
-        z = scaled[torch.arange(len(t), device=v.device) % len(scaled)]
-        losses = denoiser.noise_loss(self.denoiser, z, t, diffusion.randn(z.shape, z.device, generator), self.schedule)
+        z, losses = self.scaled[torch.arange(len(t), device=v.device) % len(self.scaled)], torch.full((len(t),), torch.nan)
+        if self.denoiser is not None:
+            losses = denoiser.noise_loss(self.denoiser, z, t, diffusion.randn(z.shape, z.device, generator), self.schedule)
         thirds = [losses[(t * 3 // self.schedule.T) == i] for i in range(3)]
         rebuilt = self.standardise(self.decode(self.z))
         return {"reconstruction_mse": float((rebuilt - v).square().mean() / (v - v.mean(0)).square().mean()),
-                "latent_std": float(scaled.std()), "generated_latent_std": float(generated.std()),
+                "latent_std": float(self.scaled.std()), "generated_latent_std": float(generated.std()),
                 **{f"loss_{name}_noise": float(x.mean()) if len(x) else float("nan")
                    for name, x in zip(("low", "mid", "high"), thirds)}}

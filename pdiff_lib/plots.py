@@ -1,7 +1,6 @@
 """Figures: a tidy DataFrame or a tensor in, a plotly figure out; nothing is computed here.
 
-Titles state network, dataset and scale (pass them as `title`). Colours are Okabe and Ito's, safe for the colour-blind,
-and symbols differ with them.
+Titles state network, dataset and scale (pass them as `title`); colours and symbols are those of `palette`.
 """
 
 from __future__ import annotations
@@ -12,41 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
-import plotly.io as pio
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from pdiff_lib.subset import Subset
-
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#D55E00", "#882255", "#999933"]
-SYMBOLS = ["circle", "diamond", "square", "triangle-up", "triangle-down", "star", "cross", "x", "pentagon"]
-SIGNS = "●◆■▲▼★✚✖⬟"  # the symbols, as text
-DIVERGING, SEQUENTIAL = "RdBu_r", "Viridis"
-HEATMAP_NUMBERS = 4096  # a heatmap shows every k-th number of longer vectors: more would not be seen, only stored
-COLUMNS = 64
-# What a column of `Experiment.frame` means, with its unit, for axes; accuracies are drawn in percent.
-LABELS = {"accuracy": "accuracy (%)", "max_similarity": "maximum similarity to the originals (IoU)",
-          "distance": "distance to the nearest original (raw parameter units)",
-          "outside_span": "share of the deviation outside the originals' span",
-          "seconds": "seconds per run", "step": "fine-tuning step (of the nearest original)", "k_checkpoints": "K (checkpoints in the zoo)",
-          "sigma_v": "sigma_v (std of the noise on a standardised vector)", "sigma_z": "sigma_z (std of the noise on a latent)",
-          "latent_dim": "L (numbers in a latent)", "pdiff_seed": "seed of autoencoder, diffusion and samples",
-          "seed": "seed of network and zoo", "T": "T (diffusion steps)", "sampling_steps": "sampling steps"}
-
-pio.templates["pdiff"] = go.layout.Template(layout={
-    "colorway": COLOURS, "font": {"family": "DejaVu Sans, Verdana, sans-serif", "size": 12}, "paper_bgcolor": "white",
-    "plot_bgcolor": "white", "title": {"x": 0.02, "font": {"size": 14}}, "margin": {"t": 70, "b": 55, "l": 65, "r": 25},
-    "xaxis": {"gridcolor": "#e5e5e5", "linecolor": "#555", "zeroline": False, "ticks": "outside"},
-    "yaxis": {"gridcolor": "#e5e5e5", "linecolor": "#555", "zeroline": False, "ticks": "outside"}})
-pio.templates.default = "plotly+pdiff"
-
-
-def mark(i: int) -> str:
-    """Symbol and colour of the i-th method as HTML, for legends outside of figures."""
-    return f'<span style="color: {COLOURS[i % len(COLOURS)]}">{SIGNS[i % len(SIGNS)]}</span>'
+from pdiff_lib.palette import COLOURS, DIVERGING, LABELS, SEQUENTIAL, look
+from pdiff_lib.pictures import denoising, grid, heatmaps, trajectory  # noqa: F401
 
 
 def scatter(frame: pd.DataFrame, title: str) -> go.Figure:
@@ -62,6 +32,32 @@ def scatter(frame: pd.DataFrame, title: str) -> go.Figure:
                   ["index", "nearest", "distance", "outside_span"])
     return fig.update_layout(title=title, width=820, height=520, xaxis_title=LABELS["max_similarity"],
                              yaxis_title=LABELS["accuracy"])
+
+
+def scatters(frame: pd.DataFrame, by: str, title: str) -> go.Figure:
+    """`scatter`, a panel per value of a column, each with axes of its own (Figures 3, 4, 5a).
+
+    Args:
+        frame: rows of `Experiment.frame` with the column `by`.
+        by: column; the panels come in the order of its values.
+        title: what, on what, at which scale.
+    """
+    panels = list(frame.groupby(by, sort=False))
+    fig = make_subplots(rows=1, cols=len(panels), subplot_titles=[str(name) for name, _ in panels], horizontal_spacing=0.06,
+                        x_title=LABELS["max_similarity"], y_title=LABELS["accuracy"])
+    order = {method: i for i, method in enumerate(frame.method.unique())}
+    for col, (_, panel) in enumerate(panels, 1):
+        for method, part in panel.groupby("method", sort=False):
+            fig.add_scatter(x=part.max_similarity, y=100 * part.accuracy, mode="markers", name=method, legendgroup=method,
+                            showlegend=col == 1, row=1, col=col, hovertemplate=f"{method}<br>%{{y:.2f}} %<br>%{{x:.3f}}<extra></extra>",
+                            marker={**look(order[method]), "size": 14 if part["index"].max() == 0 else 5})
+    fig.update_layout(title=title, width=1120, height=470, margin={"t": 100, "l": 95, "b": 75}, legend={"itemsizing": "constant"})
+    return _common_titles(fig)
+
+
+def _common_titles(fig: go.Figure) -> go.Figure:
+    """Titles of panels and of the axes that panels share, in the size of other axes; clear of the tick labels."""
+    return fig.update_annotations(font_size=13).update_annotations({"xshift": -55}, {"textangle": -90})
 
 
 def projection(frame: pd.DataFrame, explained: Sequence[float], title: str) -> go.Figure:
@@ -89,7 +85,7 @@ def _clouds(frame: pd.DataFrame, x: str, y: str, hover: str, details: list[str])
         fig.add_scatter(
             x=part[x], y=part[y], mode="markers", name=method, customdata=part[details],
             hovertemplate=f"{method} %{{customdata[0]}}<br>{hover}<extra></extra>",
-            marker={"color": COLOURS[i % len(COLOURS)], "symbol": SYMBOLS[i % len(SYMBOLS)], "size": 15 if single else 7,
+            marker={**look(i), "size": 15 if single else 7,
                     "opacity": 1 if single else 0.55, "line": {"width": 1 if single else 0, "color": "white"}})
     return fig.update_layout(hovermode="closest", legend={"itemsizing": "constant", "title": "networks"})
 
@@ -113,132 +109,24 @@ def confusion(counts: Int[Tensor, "C C"], title: str, *, x_title: str, y_title: 
     return fig.update_yaxes(title=f"class according to {y_title}", dtick=1 if few else 10, showgrid=False, autorange="reversed")
 
 
-def grid(sub: Subset, theta: Float[Tensor, "D"]) -> Float[Tensor, "R C"]:
-    """A parameter vector as a picture: weights above, biases below (Figure 1); NaN where a row is not full.
-
-    Vectors of more than `HEATMAP_NUMBERS` numbers are thinned evenly.
-    """
-    tensors = sub.unflatten(theta)
-    every = -(-sub.numel // HEATMAP_NUMBERS)
-    blocks = []
-    for below in (False, True):
-        flat = torch.cat([theta[:0], *(t.reshape(-1) for n, t in tensors.items() if n.endswith("bias") == below)])[::every]
-        rows = -(-len(flat) // COLUMNS)
-        blocks.append(F.pad(flat, (0, rows * COLUMNS - len(flat)), value=float("nan")).view(rows, COLUMNS))
-    return torch.cat(blocks)
-
-
-def heatmaps(sub: Subset, panels: Mapping[str, Float[Tensor, "D"]], title: str,
-             differences: Sequence[str] = ()) -> go.Figure:
-    """Parameter vectors side by side, weights above and biases below (Figure 1).
+def matrix(values: pd.DataFrame, title: str, *, bar: str, diverging: bool = False, digits: int = 1) -> go.Figure:
+    """A table as a heatmap with its numbers; cells without one stay empty ("not run").
 
     Args:
-        sub: the subset they belong to.
-        panels: vectors by panel title, drawn with one colour scale.
+        values: rows and columns as they are to be named.
         title: what, on what, at which scale.
-        differences: panels that get a scale of their own, centred on zero.
+        bar: what the numbers are, with unit.
+        diverging: a scale centred on zero.
+        digits: after the point.
     """
-    shared = torch.stack([v for k, v in panels.items() if k not in differences] or list(panels.values()))
-    fig = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels), horizontal_spacing=0.04)
-    for i, (name, theta) in enumerate(panels.items(), 1):
-        axis = "coloraxis2" if name in differences else "coloraxis"
-        fig.add_heatmap(z=grid(sub, theta).cpu().numpy(), coloraxis=axis, row=1, col=i, name=name,
-                        hovertemplate="%{z:.4g}<extra></extra>")
-    fig.update_layout(title={"text": title, "y": 0.96}, margin={"t": 105}, width=max(880, 200 * len(panels)), height=430,
-                      coloraxis={"colorscale": SEQUENTIAL, "colorbar": {"title": "value", "x": 1.0, "len": 0.9},
-                                 "cmin": float(shared.min()), "cmax": float(shared.max())})
-    if differences:
-        limit = float(torch.stack([panels[d] for d in differences]).abs().max()) or 1.0
-        both = len(differences) < len(panels)
-        fig.update_layout(margin={"r": 190 if both else 90}, coloraxis2={
-            "colorscale": DIVERGING, "cmin": -limit, "cmax": limit,
-            "colorbar": {"title": "difference", "x": 1.15 if both else 1.0, "len": 0.9}})
-    fig.update_yaxes(autorange="reversed", showticklabels=False, ticks="", showgrid=False)
-    fig.update_xaxes(showticklabels=False, ticks="", showgrid=False)
-    return fig.update_yaxes(title="weights above, biases below", col=1)
-
-
-def trajectory(sub: Subset, t: Sequence[int], theta: Float[Tensor, "S D"], accuracy: Float[Tensor, "S M"],
-               title: str) -> go.Figure:
-    """Denoising, step by step: a slider over the moments; decoded parameters, and accuracies along the way (Figure 5b).
-
-    Args:
-        sub: the subset that is generated.
-        t: [S] remaining diffusion steps.
-        theta: [S D], the first network's parameters at each moment.
-        accuracy: [S M], of M networks, fractions.
-        title: what, on what, at which scale.
-    """
-    fig = make_subplots(rows=1, cols=2, column_widths=[0.5, 0.5], horizontal_spacing=0.22,
-                        subplot_titles=["decoded parameters of network 0", "accuracy along the reverse process"])
-    pictures = [grid(sub, v).cpu().numpy() for v in theta]
-    x = list(range(len(t)))
-    fig.add_heatmap(z=pictures[-1], coloraxis="coloraxis", row=1, col=1, hovertemplate="%{z:.4g}<extra></extra>")
-    fig.add_scatter(x=[x[-1]] * accuracy.shape[1], y=100 * accuracy[-1].numpy(), mode="markers", row=1, col=2,
-                    marker={"size": 11, "color": "black", "symbol": "circle-open", "line": {"width": 2}}, name="now",
-                    showlegend=False)
-    for m in range(accuracy.shape[1]):
-        fig.add_scatter(x=x, y=100 * accuracy[:, m].numpy(), mode="lines+markers", name=f"seed {m}", row=1, col=2,
-                        marker={"symbol": SYMBOLS[m % len(SYMBOLS)], "color": COLOURS[m % len(COLOURS)]})
-    fig.frames = [go.Frame(name=str(step), traces=[0, 1], data=[
-        go.Heatmap(z=pictures[i]), go.Scatter(x=[i] * accuracy.shape[1], y=100 * accuracy[i].numpy())])
-        for i, step in enumerate(t)]
-    jump = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    fig.update_layout(
-        title=title, width=1000, height=520, margin={"b": 120},
-        coloraxis={"colorscale": SEQUENTIAL, "colorbar": {"title": "value", "x": 0.4, "len": 0.9},
-                   "cmin": float(theta[-1].min()), "cmax": float(theta[-1].max())},
-        sliders=[{"active": len(t) - 1, "currentvalue": {"prefix": "diffusion steps that remain: "}, "pad": {"t": 45},
-                  "steps": [{"label": str(s), "method": "animate", "args": [[str(s)], jump]} for s in t]}])
-    fig.update_xaxes(showticklabels=False, ticks="", showgrid=False, col=1)
-    fig.update_yaxes(autorange="reversed", showticklabels=False, ticks="", showgrid=False, col=1)
-    fig.update_yaxes(title="weights above, biases below", col=1)
-    fig.update_xaxes(title="diffusion steps that remain", tickvals=x, ticktext=[str(s) for s in t], col=2)
-    return fig.update_yaxes(title="accuracy (%)", col=2)
-
-
-def denoising(sub: Subset, t: Sequence[int], theta: Float[Tensor, "S D"], latents: Float[Tensor, "S 2"],
-              accuracy: Float[Tensor, "S"], encoded: Float[Tensor, "K 2"], originals: float, title: str) -> go.Figure:
-    """One reverse process at its end: parameters, path of its latent, accuracy on the way; the traces of the present moment
-    are the heatmap and the two named "now".
-
-    Args:
-        sub: the subset that is generated.
-        t: [S] remaining diffusion steps, falling to 0.
-        theta: [S D] decoded parameters.
-        latents: [S 2] the latent in the plane of the encoded checkpoints' principal components.
-        accuracy: [S] fractions.
-        encoded: [K 2] the encoded checkpoints in that plane.
-        originals: their mean accuracy, a fraction.
-        title: what, on what, at which scale.
-    """
-    fig = make_subplots(rows=1, cols=3, horizontal_spacing=0.12, column_widths=[0.36, 0.32, 0.32], subplot_titles=[
-        "decoded parameters", "latent among the encoded checkpoints", "accuracy along the reverse process"])
-    now = {"mode": "markers", "name": "now", "showlegend": False,
-           "marker": {"size": 13, "color": COLOURS[6], "symbol": "circle-open", "line": {"width": 3}}}
-    fig.add_heatmap(z=grid(sub, theta[-1]).numpy(), coloraxis="coloraxis", row=1, col=1, hovertemplate="%{z:.4g}<extra></extra>",
-                    name="parameters")
-    fig.add_scatter(x=encoded[:, 0].numpy(), y=encoded[:, 1].numpy(), mode="markers", name="encoded checkpoints", row=1, col=2,
-                    marker={"color": "#999999", "size": 5, "opacity": 0.6})
-    fig.add_scatter(x=latents[:, 0].numpy(), y=latents[:, 1].numpy(), mode="lines+markers", name="path", row=1, col=2,
-                    customdata=list(t), hovertemplate="%{customdata} steps remain<extra></extra>",
-                    marker={"color": COLOURS[0], "size": 4})
-    fig.add_scatter(x=latents[-1:, 0].numpy(), y=latents[-1:, 1].numpy(), row=1, col=2, **now)
-    fig.add_scatter(x=list(t), y=100 * accuracy.numpy(), mode="lines+markers", name="accuracy", row=1, col=3, showlegend=False,
-                    marker={"color": COLOURS[0], "size": 4})
-    fig.add_scatter(x=[t[-1]], y=100 * accuracy[-1:].numpy(), row=1, col=3, **now)
-    fig.add_hline(100 * originals, line_dash="dash", line_color="#555", row=1, col=3, annotation_text="mean of the originals",
-                  annotation_position="bottom left")
-    fig.update_layout(title={"text": title, "y": 0.95}, width=1120, height=430, margin={"t": 90, "b": 90},
-                      legend={"orientation": "h", "x": 0.4, "y": -0.22},
-                      coloraxis={"colorscale": SEQUENTIAL, "colorbar": {"title": "value", "x": 0.275, "len": 1.0, "thickness": 14},
-                                 "cmin": float(theta[-1].min()), "cmax": float(theta[-1].max())})
-    fig.update_xaxes(showticklabels=False, ticks="", showgrid=False, col=1)
-    fig.update_yaxes(autorange="reversed", showticklabels=False, ticks="", showgrid=False,
-                     title="weights above, biases below", col=1)
-    fig.update_xaxes(title="first principal component", col=2).update_yaxes(title="second", title_standoff=5, col=2)
-    fig.update_xaxes(title="diffusion steps that remain", autorange="reversed", col=3)
-    return fig.update_yaxes(title="accuracy (%)", col=3)
+    filled = values.astype(float)
+    limit = {"zmin": -filled.abs().max().max(), "zmax": filled.abs().max().max()} if diverging and filled.notna().any(axis=None) else {}
+    text = [["" if pd.isna(v) else f"{v:+.{digits}f}" if diverging else f"{v:.{digits}f}" for v in row] for row in filled.to_numpy()]
+    fig = go.Figure(go.Heatmap(z=filled.to_numpy(), x=list(filled.columns), y=list(filled.index), text=text, texttemplate="%{text}",
+                               colorscale=DIVERGING if diverging else SEQUENTIAL, colorbar={"title": bar}, **limit,
+                               hovertemplate="%{y} / %{x}: %{z}<extra></extra>"))
+    fig.update_layout(title=title, width=200 + 110 * len(filled.columns), height=170 + 42 * len(filled), plot_bgcolor="#eeeeee")
+    return fig.update_xaxes(showgrid=False).update_yaxes(showgrid=False, autorange="reversed")
 
 
 def lines(frame: pd.DataFrame, x: str, y: str, by: str | None, title: str, *, x_title: str, y_title: str,
@@ -247,7 +135,7 @@ def lines(frame: pd.DataFrame, x: str, y: str, by: str | None, title: str, *, x_
     fig = go.Figure()
     for i, (name, part) in enumerate(frame.groupby(by, sort=False) if by else [(y_title, frame)]):
         fig.add_scatter(x=part[x], y=part[y], name=str(name), mode="lines+markers" if markers else "lines",
-                        marker={"symbol": SYMBOLS[i % len(SYMBOLS)]}, line={"color": COLOURS[i % len(COLOURS)]})
+                        marker=look(i), line={"color": look(i)["color"]})
     fig.update_layout(title=title, width=820, height=430, xaxis_title=x_title, yaxis_title=y_title, legend_title=by,
                       showlegend=by is not None)
     # On a logarithmic axis the values themselves are the ticks: they are few and chosen.
@@ -274,21 +162,46 @@ def facets(frame: pd.DataFrame, x: str, y: str, facet: str | None, title: str, *
                         vertical_spacing=0.3 / down, x_title=x_title, y_title=y_title,
                         subplot_titles=[f"{facet} = {value}" for value, _ in panels] if facet else None)
     order = {method: i for i, method in enumerate(frame.method.unique())}
+    mode = "lines+markers" if pd.api.types.is_numeric_dtype(frame[x]) else "markers"  # nothing lies between two names
     for at, (_, panel) in enumerate(panels):
         for method, part in panel.groupby("method", sort=False):
             i = order[method]
             fig.add_scatter(
                 x=part[x], y=part[y], error_y={"array": part.spread, "thickness": 1, "width": 4}, customdata=part[["spread", "n"]],
-                name=method, legendgroup=method, showlegend=at == 0, mode="lines+markers", row=at // across + 1,
-                col=at % across + 1, line={"color": COLOURS[i % len(COLOURS)]}, marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 8},
+                name=method, legendgroup=method, showlegend=at == 0, mode=mode, row=at // across + 1,
+                col=at % across + 1, line={"color": look(i)["color"]}, marker={**look(i), "size": 8},
                 hovertemplate=f"{method}<br>{x} %{{x}}<br>%{{y:.4g}} +- %{{customdata[0]:.2g}} (%{{customdata[1]}} networks)"
                               "<extra></extra>")
-    fig.update_layout(title=title, width=1120, height=160 + 300 * down, margin={"t": 100, "b": 75, "l": 85},
-                      legend={"title": "networks"}).update_annotations(font_size=13)
+    fig.update_layout(title=title, width=1120, height=160 + 300 * down, margin={"t": 100, "b": 75, "l": 95},
+                      legend={"title": "networks"})
+    _common_titles(fig)
     values = sorted(set(frame[x]))
     if log_x or (pd.api.types.is_numeric_dtype(frame[x]) and len(values) < 6):  # values that were chosen, not a range
         fig.update_xaxes(tickvals=values)
     return fig.update_xaxes(type="log") if log_x else fig
+
+
+def frontier(frame: pd.DataFrame, edge: Sequence[str], title: str, *, x_title: str, y_title: str) -> go.Figure:
+    """Methods as points with the spread of their seeds, and the frontier of the simple ones as a line.
+
+    Args:
+        frame: a row per method: `method`, `label` (written beside the point), `group` (a colour and a symbol each), `x`, `y`,
+            `x_spread`, `y_spread`.
+        edge: the methods on the frontier, in the order of rising x.
+        title: what, on what, at which scale.
+        x_title, y_title: with units.
+    """
+    fig = go.Figure()
+    line = frame.set_index("method").loc[list(edge)]
+    fig.add_scatter(x=line.x, y=line.y, mode="lines", line={"color": "#777777", "dash": "dash"},
+                    name="frontier of the simple")
+    for i, (group, part) in enumerate(frame.groupby("group", sort=False)):
+        bars = {f"error_{a}": {"array": part[f"{a}_spread"], "thickness": 1, "width": 3} for a in "xy"}
+        fig.add_scatter(x=part.x, y=part.y, mode="markers+text", text=part.label, customdata=part.method, textposition="bottom center" if i % 2 else "top center", name=group, **bars,
+                        marker={**look(i), "size": 10}, textfont={"size": 10, "color": look(i)["color"]},
+                        hovertemplate="%{customdata}<br>%{y:.3f}<br>similarity %{x:.3f}<extra></extra>")
+    return fig.update_layout(title=title, width=1120, height=620, xaxis_title=x_title, yaxis_title=y_title,
+                             legend={"orientation": "h", "y": -0.12})
 
 
 def violins(frame: pd.DataFrame, x: str, y: str, title: str, *, x_title: str, y_title: str) -> go.Figure:

@@ -83,9 +83,23 @@ class Zoo(Section):
 
 
 @dataclass(frozen=True)
-class Autoencoder(Section):
-    """Table 5c and Eq. 5. Noise scales are standard deviations: on the standardised vector, and on the raw latent."""
+class Population(Section):
+    """Whole networks as originals (Table 7). `zoo_mode`: "trajectory" (the paper's: checkpoints of one fine-tuning) or
+    "independent" (`k_checkpoints` networks, each trained by itself; see `population.collect`). `alignment`: "reference"
+    brings hidden units to the order of the first original. `permutations`: randomly permuted copies of each original that
+    the methods learn from beside it (0 = none)."""
 
+    zoo_mode: str = setting("trajectory", choices=("trajectory", "independent"))
+    alignment: str = setting("none", choices=("none", "reference"))
+    permutations: int = setting(0, 0)
+
+
+@dataclass(frozen=True)
+class Autoencoder(Section):
+    """Table 5c and Eq. 5. Noise scales are standard deviations: on the standardised vector, and on the raw latent.
+    `ae_kind`: "conv" (the paper's) or "pca" (at most K-1 components; no training, no noise)."""
+
+    ae_kind: str = setting("conv", choices=("conv", "pca"))
     ae_channels: tuple[int, ...] = setting((64, 128, 256, 256, 32), 1)
     latent_dim: int = setting(128, 1)
     ae_steps: int = setting(500, 1)
@@ -99,8 +113,13 @@ class Autoencoder(Section):
 
 @dataclass(frozen=True)
 class Diffusion(Section):
-    """Table 5d and Eq. 6. `beta_range`: "fixed" (the authors': the same for every T) or "rescaled" (see `Schedule`)."""
+    """Table 5d and Eq. 6. `beta_range`: "fixed" (the authors': the same for every T) or "rescaled" (see `Schedule`).
+    `latent_model`: "diffusion", or "gaussian" (fitted to the latents, nothing is trained); `denoiser_kind`: "conv" (the
+    paper's) or "mlp" (`denoiser.ResidualMLP`, of `mlp_width`)."""
 
+    latent_model: str = setting("diffusion", choices=("diffusion", "gaussian"))
+    denoiser_kind: str = setting("conv", choices=("conv", "mlp"))
+    mlp_width: int = setting(512, 1)
     denoiser_channels: tuple[int, ...] = setting((64, 128, 256, 512, 256, 128, 64), 1)
     T: int = setting(1000, 1)
     beta_1: float = setting(1e-4, 0.0, 1.0)
@@ -111,6 +130,15 @@ class Diffusion(Section):
     diffusion_lr: float = setting(1e-4, 0.0)
     diffusion_weight_decay: float = setting(0.0, 0.0)
     diffusion_batch: int = setting(50, 2)
+
+
+@dataclass(frozen=True)
+class Vae(Section):
+    """Table 8: the autoencoder's network as a VAE. `kl_weight`: of the KL term, beside the squared error summed over D."""
+
+    vae_steps: int = setting(2000, 1)
+    vae_lr: float = setting(2e-4, 0.0)
+    kl_weight: float = setting(1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -130,7 +158,8 @@ class Comparison(Section):
     noise_scales: tuple[float, ...] = setting((0.001, 0.05, 0.15), 0.0)
 
 
-SECTIONS = {c.__name__.lower(): c for c in (Data, Base, Zoo, Autoencoder, Diffusion, Sampling, Comparison)}
+SECTIONS = {c.__name__.lower(): c
+            for c in (Data, Base, Zoo, Population, Autoencoder, Diffusion, Vae, Sampling, Comparison)}
 
 
 @dataclass(frozen=True)
@@ -148,8 +177,10 @@ class Recipe:
     data: Data = field(default_factory=Data)
     base: Base = field(default_factory=Base)
     zoo: Zoo = field(default_factory=Zoo)
+    population: Population = field(default_factory=Population)
     autoencoder: Autoencoder = field(default_factory=Autoencoder)
     diffusion: Diffusion = field(default_factory=Diffusion)
+    vae: Vae = field(default_factory=Vae)
     sampling: Sampling = field(default_factory=Sampling)
     comparison: Comparison = field(default_factory=Comparison)
 
@@ -226,6 +257,8 @@ def number(value: Any) -> Any:
     """
     if isinstance(value, list):
         return [number(v) for v in value]
+    if isinstance(value, dict):
+        return {k: number(v) for k, v in value.items()}
     if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
         try:
             return float(value)

@@ -65,6 +65,26 @@ def table(source: str | Path) -> pd.DataFrame:
     return pd.read_parquet(source)
 
 
+def records(notebook: str = "") -> list[dict[str, Any]]:
+    """What runs have recorded: those committed under figures/ and those in runs/, each once.
+
+    Args:
+        notebook: a notebook's name without ending; empty: all.
+
+    Returns:
+        The contents of their `record.json`, with `where` (the file's path) and `scale` (what was run, in words).
+    """
+    found, project = {}, Path(__file__).resolve().parent.parent
+    for file in (*project.glob("figures/*-record.json"), *runs.root().glob("*/*/record.json")):
+        content = json.loads(file.read_text())
+        if content["notebook"] == notebook or not notebook:
+            s = content["settings"]
+            parts = (s.get("network"), s.get("dataset"), f"{s['image_size']} px" if "image_size" in s else None)
+            scale = content["numbers"].get("scale") or ", ".join(p for p in parts if p)
+            found.setdefault((content["notebook"], runs.digest([s, content["numbers"]])), {**content, "where": str(file), "scale": scale})
+    return list(found.values())
+
+
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """A row per point of the grid and method: n, accuracy (fractions) and the means of the measures of novelty."""
     if "method" not in table:

@@ -163,6 +163,7 @@ class Store:
     def __init__(self, folder: str | Path | None = "default"):
         self.folder = root() / "stages" if folder == "default" else Path(folder) if folder is not None else None
         self._seconds: dict[tuple[str, str], float] = {}
+        self._uses: list[float] = []
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -171,6 +172,12 @@ class Store:
         for (name, _), seconds in self._seconds.items():
             total[name] = total.get(name, 0.0) + seconds
         return total
+
+    def spent(self, work: Callable[[], Any]) -> tuple[Any, float]:
+        """What `work` returns, and its seconds: of its stages what they cost when they were computed, else by the clock."""
+        before, start = len(self._uses), time.perf_counter()
+        result = work()
+        return result, sum(self._uses[before:]) or time.perf_counter() - start
 
     def stage(self, name: str, key: Mapping[str, Any], compute: Callable[[Checkpoint], dict[str, Tensor]],
               code: tuple = ()) -> dict[str, Tensor]:
@@ -194,7 +201,7 @@ class Store:
             if path.is_file() or storage.fetch(path):
                 try:
                     tensors, note = read(path)
-                    self._seconds[name, identity] = note["seconds"]
+                    self._count(name, identity, note["seconds"])
                     return tensors
                 except DamagedFile as e:
                     warnings.warn(f"{e}; computing the stage {name!r} again", stacklevel=2)
@@ -207,8 +214,12 @@ class Store:
             write(path, tensors, {"name": name, "key": dict(key), "seconds": seconds, **environment()})
             partial.unlink(missing_ok=True)
             storage.push(path)
-            self._seconds[name, identity] = seconds
+            self._count(name, identity, seconds)
             return tensors
+
+    def _count(self, name: str, identity: str, seconds: float) -> None:
+        self._seconds[name, identity] = seconds
+        self._uses.append(seconds)
 
 
 def waiting(lock: FileLock, what: str) -> AbstractContextManager:

@@ -91,3 +91,15 @@ def outside_span(theta: Float[Tensor, "M D"], originals: Float[Tensor, "K D"]) -
     # The mean itself deviates by float32 rounding alone, and has no direction to speak of.
     tiny = length <= 1e-6 * originals.double().norm(dim=1).mean()
     return torch.where(tiny, 0.0, outside.norm(dim=1) / length.clamp(min=1e-300)).float()
+
+
+def pairwise(wrong: Bool[Tensor, "M N"]) -> float:
+    """Mean IoU (Eq. 7) over all pairs of different networks: how alike the generated are; 1 when there is a single one.
+
+    >>> pairwise(torch.tensor([[True, True], [True, False], [False, True]]))
+    0.333...
+    """
+    if len(wrong) < 2:
+        return 1.0
+    pairs = iou(wrong, wrong)
+    return float((pairs.sum() - pairs.diagonal().sum()) / (len(pairs) * (len(pairs) - 1)))

@@ -1,14 +1,26 @@
 """baselines.py: each against what it says it is, computed by NumPy."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import gaussian_kde, kstest
 
-from pdiff_lib.baselines import Gaussian, Interpolation, Noise, WeightAverage
+from pdiff_lib.baselines import (
+    SWAG,
+    Fixed,
+    Gaussian,
+    Interpolation,
+    LatentKDE,
+    Noise,
+    SubsetAverage,
+    TensorMeans,
+    WeightAverage,
+)
 
-METHODS = [Noise(0.1, (4, 5)), WeightAverage(), Interpolation(), Gaussian()]
+METHODS = [Noise(0.1, (4, 5)), WeightAverage(), Interpolation(), Gaussian(), SubsetAverage(2), SWAG()]
 NAMES = [type(m).__name__ for m in METHODS]
 
 
@@ -103,3 +115,112 @@ def test_samples_are_decided_by_the_generator(method):
 def test_what_is_no_zoo_is_refused(unchecked, method, theta, message):
     with pytest.raises(ValueError, match=message):
         method.fit(theta)
+
+
+def test_tensor_means_keep_the_level_of_each_tensor_and_nothing_else():
+    theta = zoo(d=9) + torch.arange(9.0)
+    (a, b) = TensorMeans((4, 5)).fit(theta).sample(2)
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, torch.cat([theta[:, :4].mean().expand(4), theta[:, 4:].mean().expand(5)]))
+
+
+def test_a_fixed_vector_stays_and_must_fit():
+    vector = torch.arange(9.0)
+    assert torch.equal(Fixed(vector).fit(zoo(d=9)).sample(3), vector.expand(3, 9))
+    with pytest.raises(ValueError, match=r"shape \[6, 8\]: expected \[vectors, 9\]"):
+        Fixed(vector).fit(zoo(d=8))
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_a_scaled_gaussian_keeps_the_mean_and_scales_the_covariance(scale):
+    theta, n = zoo(k=5), 40_000
+    samples = Gaussian(scale).fit(theta).sample(n, seeded()).numpy().astype(np.float64)
+    want = scale**2 * np.cov(theta.numpy().astype(np.float64), rowvar=False)
+    spread = np.sqrt(np.diag(want))
+    assert (np.abs(samples.mean(0) - theta.numpy().mean(0)) < 4.5 * spread / math.sqrt(n)).all()
+    error = np.sqrt((np.outer(spread, spread) ** 2 + want**2) / n)
+    assert (np.abs(np.cov(samples, rowvar=False) - want) < 4.5 * error).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_subset_averages_are_means_of_as_many_different_originals(size):
+    theta, n = zoo(), 400
+    samples = SubsetAverage(size).fit(theta).sample(n, seeded()).numpy()
+    subsets = [np.array(s) for s in itertools.combinations(range(6), size)]
+    means = np.stack([theta.numpy().astype(np.float64)[s].mean(0) for s in subsets])
+    distance = np.abs(samples[:, None] - means).max(2)
+    assert (distance.min(1) < 1e-5).all()
+    drawn = np.bincount(distance.argmin(1), minlength=len(subsets)) / n  # every subset, about as often
+    assert np.abs(drawn - 1 / len(subsets)).max() <= 4.5 * math.sqrt((1 - 1 / len(subsets)) / len(subsets) / n)
+
+
+def test_subset_averages_need_as_many_originals():
+    with pytest.raises(ValueError, match="size is 0: expected at least 1"):
+        SubsetAverage(0)
+    with pytest.raises(ValueError, match="theta holds 6 vectors: expected at least 7"):
+        SubsetAverage(7).fit(zoo())
+
+
+@pytest.mark.parametrize("k, rank", [(8, 3), (8, 8), (5, 20), (4, 2)])
+def test_swag_has_the_covariance_of_its_definition(k, rank):
+    """Maddox et al. 2019, Algorithm 1: the moments and deviations kept as checkpoints come, then half of each covariance."""
+    theta, n = zoo(k, 4), 60_000
+    samples = SWAG(rank).fit(theta).sample(n, seeded()).numpy().astype(np.float64)
+    mean, square, deviations = np.zeros(4), np.zeros(4), []
+    for i, v in enumerate(theta.numpy().astype(np.float64)):
+        mean, square = (i * mean + v) / (i + 1), (i * square + v**2) / (i + 1)
+        deviations = [*deviations, v - mean][-rank:]
+    kept = np.stack(deviations, axis=1)
+    want = 0.5 * np.diag(square - mean**2) + 0.5 * kept @ kept.T / (kept.shape[1] - 1)
+    spread = np.sqrt(np.diag(want))
+    assert (np.abs(samples.mean(0) - mean) < 4.5 * spread / math.sqrt(n)).all()
+    error = np.sqrt((np.outer(spread, spread) ** 2 + want**2) / n)
+    assert (np.abs(np.cov(samples, rowvar=False) - want) < 4.5 * error).all()
+
+
+def test_swag_needs_two_deviations():
+    with pytest.raises(ValueError, match="rank is 1: expected at least 2"):
+        SWAG(1)
+
+
+class Doubling:
+    """A latent that can be checked: the first four numbers, doubled."""
+
+    def encode(self, theta):
+        return 2 * theta[:, :4]
+
+    def decode(self, z):
+        return torch.cat([z / 2, torch.zeros(len(z), 5)], dim=1)
+
+
+def test_kde_of_the_best_is_scipys_in_each_dimension_by_itself():
+    theta, accuracy, n = zoo(k=20), torch.rand(20, generator=seeded(5)), 5000
+    method = LatentKDE(Doubling(), accuracy, share=0.3).fit(theta)
+    samples = method.sample(n, seeded()).numpy().astype(np.float64)
+    best = np.argsort(-accuracy.numpy())[:6]
+    latents = 2 * theta.numpy().astype(np.float64)[best, :4]
+    assert samples.shape == (n, 9) and (samples[:, 4:] == 0).all()
+    for i in range(4):
+        kde = gaussian_kde(latents[:, i])  # Scott's rule
+        assert method.bandwidth[i].item() == pytest.approx(math.sqrt(kde.covariance.item()), rel=1e-5)
+        cdf = np.vectorize(lambda x, kde=kde: kde.integrate_box_1d(-np.inf, x))
+        assert kstest(2 * samples[:500, i], cdf).pvalue > 1e-3
+    away = np.corrcoef(samples[:, :4], rowvar=False) - np.eye(4)
+    assert np.abs(away).max() < 4.5 / math.sqrt(n)  # whatever the latents' correlations are
+    assert np.abs(np.corrcoef(latents, rowvar=False) - np.eye(4)).max() > 0.2
+    a, b, c = (method.sample(8, seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("share, kept", [(0.3, 6), (1.0, 20), (0.01, 2)])
+def test_kde_keeps_the_most_accurate(share, kept):
+    accuracy = torch.linspace(1, 0, 20)
+    assert torch.equal(LatentKDE(Doubling(), accuracy, share).fit(zoo(k=20)).z, 2 * zoo(k=20)[:kept, :4])
+
+
+def test_kde_refuses_what_does_not_fit():
+    for share in (0.0, 1.1):
+        with pytest.raises(ValueError, match=f"share is {share}"):
+            LatentKDE(Doubling(), torch.zeros(3), share)
+    with pytest.raises(ValueError, match="3 accuracies for 6 vectors"):
+        LatentKDE(Doubling(), torch.zeros(3)).fit(zoo())

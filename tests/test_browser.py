@@ -93,7 +93,7 @@ def test_figures_of_the_quickstart_answer(desk):
 
 def test_explorers_in_jupyterlab(desk, pictures, monkeypatch, stages, table):
     folder, address = desk
-    name = small("50_explore", folder, monkeypatch, stages, results=table)
+    name = small("50_explore", folder, monkeypatch, stages, source=table)
     with chromium() as page:
         page.goto(address(name))
         run_all(page)
@@ -109,7 +109,7 @@ def test_explorers_in_jupyterlab(desk, pictures, monkeypatch, stages, table):
 
 
 def test_explorers_as_a_page(tmp_path, pictures, stages, table):
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "results": table}))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "source": table}))
     command = [sys.executable, "-m", "pdiff_lib.cli", "app", "-f", str(tmp_path / "small.yaml"), "--port", "0", "--no-browser"]
     with served(command, tmp_path / "log", **stages) as address, chromium() as page:
         assert address.startswith("http://127.0.0.1:")

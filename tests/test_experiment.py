@@ -1,13 +1,14 @@
 """experiment.py: a very small recipe, walked to the end; its numbers computed again, the plain way."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from pdiff_lib import autoencoder, denoiser, evaluate, pdiff, runs, training, zoo
+from pdiff_lib import autoencoder, denoiser, evaluate, pdiff, population, runs, training, zoo
 from pdiff_lib.experiment import AVERAGE, ORIGINAL, PDIFF, Experiment
 from pdiff_lib.recipe import Recipe
 
@@ -268,3 +269,94 @@ def test_training_path_ends_at_the_trained_network_and_starts_at_the_untrained(d
     assert float(path.accuracy[-1]) == pytest.approx(float(right), abs=1e-6)
     with pytest.raises(ValueError, match="moments is 1"):
         done.training_path(1)
+
+
+def test_methods_with_other_settings_stand_beside_the_recipes(done, folder):
+    e = experiment(folder)
+    e.add("p-diff, PCA", e.pdiff(ae_kind="pca"))
+    e.add("VAE", e.vae(vae_steps=2))
+    with pytest.raises(ValueError, match="unknown setting 'k_checkpoints'"):
+        e.pdiff(k_checkpoints=3)
+    frame = e.frame([PDIFF, "p-diff, PCA", "VAE"])
+    assert frame.groupby("method").size().to_dict() == {PDIFF: 4, "p-diff, PCA": 4, "VAE": 4}
+    assert (frame[frame.method == "p-diff, PCA"].outside_span < 1e-3).all()
+    assert (frame[frame.method == "VAE"].outside_span > 0.1).all()
+    assert torch.equal(e.theta(PDIFF), done.theta(PDIFF)) and not torch.equal(e.theta("p-diff, PCA"), e.theta("VAE"))
+    assert e.fitted("p-diff, PCA").sampling == e.fitted(PDIFF).sampling and e.fitted("VAE").settings.kl_weight == 1.0
+
+
+def test_seconds_are_those_of_the_computing_also_when_read_back(tmp_path):
+    first, again = experiment(tmp_path), experiment(tmp_path)
+    for e in (first, again):
+        e.frame([ORIGINAL, AVERAGE, PDIFF])
+    kept = {p.parent.name: runs.read(p)[1]["seconds"] for p in tmp_path.rglob("*.safetensors")}
+    want = {"fit": kept["autoencoder"] + kept["denoiser"], "sample": kept["generated"]}
+    assert first.seconds[PDIFF] == again.seconds[PDIFF] == pytest.approx(want, abs=1e-9)
+    assert first.seconds.keys() == {AVERAGE, PDIFF}
+    assert 0 < min(again.seconds[AVERAGE].values()) < 1  # by the clock: it has no stage
+
+
+def test_experiments_that_share_do_not_load_or_capture_twice(folder, done):
+    shared = {}
+    a, b, other = (Experiment(Recipe.of(**{**SMALL, **c}), runs.Store(folder), "cpu", False, shared)
+                   for c in ({}, {"T": 4}, {"test_images": 50}))
+    assert a.images is b.images is not other.images and a.evaluator is b.evaluator is not other.evaluator
+    assert torch.equal(a.wrong(ORIGINAL), done.wrong(ORIGINAL)) and other.wrong(ORIGINAL).shape == (6, 50)
+
+
+INDEPENDENT = {"network": "hyperrep-cnn", "image_channels": 3, "subset": "all", "zoo_mode": "independent", "base_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def independent(folder) -> Experiment:
+    return experiment(folder, **INDEPENDENT)
+
+
+def test_independent_originals_are_a_population(independent, folder):
+    e = independent
+    collected = population.collect(e.images, 6, device="cpu", progress=False, **dataclasses.asdict(e.recipe.base))
+    torch.testing.assert_close(e.zoo.theta, collected.theta)
+    assert e.zoo.names == e.subset.names and e.zoo.losses.shape == (6,) and torch.pdist(e.zoo.theta).min() > 1
+    np.testing.assert_array_equal(e.wrong(ORIGINAL).numpy(), wrong_plain(e, ORIGINAL))
+    assert set(e.store.seconds) == {"population", "predictions"}  # no network is trained beside them
+    assert e.frame([ORIGINAL, PDIFF]).groupby("method").size().to_dict() == {ORIGINAL: 6, PDIFF: 4}
+
+
+def test_aligned_originals_are_the_same_networks_nearer_to_each_other(independent, folder, monkeypatch):
+    e = experiment(folder, **INDEPENDENT, alignment="reference")
+    with monkeypatch.context() as m:
+        m.setattr(training, "loop", forbidden)  # the population is kept
+        aligned = e.zoo.theta
+    assert torch.equal(aligned[0], independent.zoo.theta[0]) and torch.equal(e.learned_from, aligned)
+    assert torch.pdist(aligned).mean() < torch.pdist(independent.zoo.theta).mean()
+    errors = [one.wrong(ORIGINAL).float().mean(1) for one in (e, independent)]
+    torch.testing.assert_close(*errors, atol=0.011, rtol=0)  # up to rounding
+    assert "6 independent, aligned" in e.title
+
+
+def test_methods_learn_from_permuted_copies_and_are_compared_with_the_originals(independent, folder):
+    e = experiment(folder, **INDEPENDENT, permutations=2)
+    assert e.learned_from.shape == (18, e.subset.numel) and torch.equal(e.learned_from[:6], e.zoo.theta)
+    assert torch.equal(e.zoo.theta, independent.zoo.theta) and torch.equal(independent.learned_from, independent.zoo.theta)
+    torch.testing.assert_close(e.theta(AVERAGE)[0], e.learned_from.mean(0))
+    assert len(e.theta(ORIGINAL)) == 6 and not torch.equal(e.theta(AVERAGE), independent.theta(AVERAGE))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"subset": "last_norms:2"}, "normalisation layers"),
+    ({"subset": "10.*"}, r"subset is '10.\*' with zoo_mode 'independent'"),
+    ({"network": "test_resnet", "image_channels": 0}, "test_resnet keeps running statistics"),
+    ({"network": "test_resnet", "image_channels": 0, "zoo_mode": "trajectory", "alignment": "reference"},
+     "no permutations are known"),
+    ({"zoo_mode": "trajectory", "subset": "10.*", "permutations": 1}, "a subset of 2 tensors: expected all"),
+    ({"zoo_mode": "several"}, "zoo_mode is 'several'"), ({"alignment": "mean"}, "alignment is 'mean'"),
+    ({"permutations": -1}, "permutations is -1")])
+def test_populations_that_cannot_be_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        experiment(tmp_path, **{**INDEPENDENT, **changes})
+
+
+def test_the_keys_of_other_experiments_do_not_depend_on_these_settings(done, folder):
+    before = set(folder.rglob("*.safetensors"))
+    trajectory = experiment(folder, zoo_mode="trajectory", alignment="none", permutations=0)
+    assert torch.equal(trajectory.zoo.theta, done.zoo.theta) and set(folder.rglob("*.safetensors")) == before

@@ -79,10 +79,12 @@ def test_outputs_are_kept_small_and_whole(path):
 
 @pytest.mark.parametrize("file", sorted((HERE / "params").glob("*.yaml")), ids=lambda p: p.stem)
 def test_parameter_files_fit_their_notebook(file):
-    """A file named after a notebook's number (23_...) is for that one, any other for the quickstart."""
+    """A file named after a notebook's number (23_..., B1_...) is for that one, any other for the quickstart."""
     given = recipe.load(file)
-    values = jobs.check(jobs.find(file.stem[:2] if file.stem[0].isdigit() else "00"), given)
-    assert len(given) > 3 and {n: values[n] for n in given} == given
+    number = file.stem.partition("_")[0]
+    values = jobs.check(jobs.find(number if number in [p.stem.partition("_")[0] for p in NOTEBOOKS] else "00"), given)
+    recipe.Recipe.of(**{n: v for row in given.get("rows", {}).values() for n, v in row.items()})
+    assert len(given) > 1 and {n: values[n] for n in given} == given
 
 
 def at(numbers, path: str) -> float:

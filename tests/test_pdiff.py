@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn import decomposition
 from torch import nn
 
-from pdiff_lib import autoencoder, denoiser, pdiff
-from pdiff_lib.autoencoder import Autoencoder, noisy_reconstruction_loss
-from pdiff_lib.denoiser import Denoiser, noise_loss, sinusoidal
-from pdiff_lib.diffusion import Schedule
+from pdiff_lib import autoencoder, denoiser, pdiff, similarity
+from pdiff_lib.autoencoder import PCA, Autoencoder, noisy_reconstruction_loss
+from pdiff_lib.denoiser import Denoiser, ResidualMLP, noise_loss, sinusoidal
+from pdiff_lib.diffusion import GaussianDenoiser, Schedule
 from pdiff_lib.pdiff import PDiff
 from pdiff_lib.runs import Store
 
@@ -278,3 +279,98 @@ def test_other_checkpoints_are_trained_on_anew(tmp_path, trained, theta, sizes):
     trained.clear()
     PDiff(sizes, **SMALL).fit(theta, Store(tmp_path))
     assert trained == ["autoencoder", "denoiser"]
+
+
+# ---------------------------------------------------------------- parts that can be exchanged
+
+def test_pca_is_scikit_learns():
+    v = torch.randn(30, 50, generator=seeded()) * torch.linspace(0.1, 3, 50) + 5
+    new = torch.randn(7, 50, generator=seeded(1)) + 5
+    ours, theirs = PCA.of(v, 6), decomposition.PCA(6, svd_solver="full").fit(v.double().numpy())
+    sign = torch.from_numpy(theirs.components_).mul(ours.basis.double()).sum(1).sign()  # a component has no direction
+    coordinates = torch.from_numpy(theirs.transform(new.double().numpy()))
+    torch.testing.assert_close(ours.encode(new).double(), coordinates * sign, rtol=1e-4, atol=1e-4)
+    rebuilt = torch.from_numpy(theirs.inverse_transform(coordinates.numpy()))
+    torch.testing.assert_close(ours.decode(ours.encode(new)).double(), rebuilt, rtol=1e-4, atol=1e-4)
+    assert ours.encode(v).var(dim=0).double().numpy() == pytest.approx(theirs.explained_variance_, rel=1e-4)
+
+
+@pytest.mark.parametrize("k, latent, used", [(5, 4, 4), (5, 64, 4), (5, 2, 2), (40, 10, 8)])
+def test_pca_rebuilds_exactly_from_as_many_components_as_there_are_directions(k, latent, used):
+    v = torch.randn(k, 8, generator=seeded()) + 3
+    pca = PCA.of(v, latent)
+    error = float((pca.decode(pca.encode(v)) - v).abs().max())
+    assert pca.basis.shape == (used, 8) and (error < 1e-4) == (used >= min(k - 1, 8))
+    torch.testing.assert_close(pca.basis @ pca.basis.T, torch.eye(used), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("latent_model", ["diffusion", "gaussian"])
+def test_pdiff_with_pca_stays_in_the_span(tmp_path, latent_model):
+    theta, settings = zoo(k=6), {**SMALL, "ae_kind": "pca", "latent_dim": 64, "latent_model": latent_model}
+    p = PDiff((48, 48), **settings).fit(theta, Store(tmp_path))
+    torch.testing.assert_close(p.decode(p.encode(theta)), theta, rtol=1e-4, atol=1e-4)
+    samples = p.sample(20, seeded())
+    assert p.z.shape == (6, 5) and len(p.ae_losses) == 0 and torch.cdist(samples, samples).fill_diagonal_(9).min() > 0
+    # Standardised tensor by tensor, and so in the same span.
+    assert similarity.outside_span(samples, theta).max() < 1e-4
+    assert similarity.outside_span(PDiff((48, 48), **SMALL).fit(theta).sample(20, seeded()), theta).min() > 0.1
+    again = PDiff((48, 48), **settings).fit(theta, Store(tmp_path))  # read back: PCA has a size of its own in the file
+    assert torch.equal(again.sample(20, seeded()), samples)
+    assert math.isfinite(p.diagnose(theta, 5, seeded())["loss_low_noise"]) == (latent_model == "diffusion")
+
+
+def test_gaussian_latents_have_the_encoded_mean_and_covariance_and_train_nothing(trained):
+    p = PDiff((48, 48), latent_model="gaussian", **SMALL).fit(zoo())
+    n, z = 40_000, p.z.double()
+    drawn = p.sample_latents(n, seeded()).double()
+    want = torch.cov(z.T)
+    spread = want.diag().sqrt()
+    error = ((spread[:, None] * spread).square() + want.square()).div(n).sqrt()
+    assert ((drawn.mean(0) - z.mean(0)).abs() < 4.5 * spread / n**0.5).all() and trained == ["autoencoder"]
+    assert ((torch.cov(drawn.T) - want).abs() < 4.5 * error).all()
+    with pytest.raises(ValueError, match="latent_model is 'gaussian': expected 'diffusion' for a trajectory"):
+        p.trajectory()
+
+
+def test_an_exact_velocity_gives_the_exact_noise():
+    mean, std, schedule = 1.5, 0.4, Schedule(50)
+    net, exact = ResidualMLP(6, schedule.alpha_bar, width=8), GaussianDenoiser(mean, std, schedule)
+
+    def velocity(x, t):
+        """E[v | x_t] = sqrt(alpha_bar) E[eps | x_t] - sqrt(1 - alpha_bar) E[z | x_t], by conditioning a Gaussian."""
+        bar = schedule.alpha_bar[t].unsqueeze(1)
+        residual = (x.double() - bar.sqrt() * mean) / (bar * std**2 + 1 - bar)
+        z, eps = mean + bar.sqrt() * std**2 * residual, (1 - bar).sqrt() * residual
+        return (bar.sqrt() * eps - (1 - bar).sqrt() * z).float()
+
+    net.velocity = velocity
+    x, t = 3 * torch.randn(50, 6, generator=seeded()), torch.arange(50)
+    torch.testing.assert_close(net(x, t), exact(x, t), rtol=1e-4, atol=1e-4)
+
+
+def test_the_mlps_loss_is_that_of_the_velocity():
+    schedule = Schedule(10)
+    net = ResidualMLP(5, schedule.alpha_bar, width=16)
+    z, eps = torch.randn(2, 3, 5, generator=seeded())
+    t = torch.tensor([0, 4, 9])
+    losses, by_noise = net.loss(z, t, eps, schedule).detach(), noise_loss(net, z, t, eps, schedule).detach()
+    for i, step in enumerate(t.tolist()):
+        bar = math.prod(1 - (1e-4 + (2e-2 - 1e-4) * j / 9) for j in range(step + 1))
+        x = math.sqrt(bar) * z[i] + math.sqrt(1 - bar) * eps[i]
+        want = math.sqrt(bar) * eps[i] - math.sqrt(1 - bar) * z[i]
+        error = (net.velocity(x[None], t[i : i + 1])[0] - want).square().mean().item()
+        assert float(losses[i]) == pytest.approx(error, rel=1e-4)
+        # The noise that follows is off by sqrt(alpha_bar) of it: what the MLP is trained on does not vanish at the noisy end.
+        assert float(by_noise[i]) == pytest.approx(bar * error, rel=1e-3)
+
+
+def test_an_mlp_denoiser_learns_a_known_distribution_in_seconds():
+    """Latents from N(m, diag(s^2)): PCA of them, so that each coordinate has a std of its own, far from 1."""
+    std = torch.tensor([2.0, 1.0, 0.5])
+    theta = std * torch.randn(400, 3, generator=seeded()) + torch.tensor([1.0, -2.0, 3.0])
+    p = PDiff(ae_kind="pca", denoiser_kind="mlp", mlp_width=32, T=100, beta_range="rescaled", diffusion_steps=400,
+              diffusion_lr=5e-3, diffusion_batch=128, sampler="ddim", progress=False, standardise_latents=True).fit(theta)
+    samples = p.sample(2000, seeded(1))
+    assert (samples.std(0) / theta.std(0)).tolist() == pytest.approx([1, 1, 1], abs=0.15)
+    assert ((samples.mean(0) - theta.mean(0)) / theta.std(0)).tolist() == pytest.approx([0, 0, 0], abs=0.15)
+    assert p.diagnose(theta, 500, seeded())["generated_latent_std"] == pytest.approx(1, abs=0.15)

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from pdiff_lib import plots
+from pdiff_lib import palette, pictures, plots
 from pdiff_lib.subset import Subset
 
 SUB = Subset(("a.weight", "a.bias", "b.weight", "b.bias"), ((60, 2), (60,), (3,), (7,)))
@@ -39,8 +39,8 @@ def test_grid_puts_weights_above_biases():
     theta = torch.arange(190.0)
     picture = plots.grid(SUB, theta)
     weights, biases = [*range(120), *range(180, 183)], [*range(120, 180), *range(183, 190)]
-    rows = [math.ceil(len(part) / plots.COLUMNS) for part in (weights, biases)]
-    assert picture.shape == (sum(rows), plots.COLUMNS)
+    rows = [math.ceil(len(part) / pictures.COLUMNS) for part in (weights, biases)]
+    assert picture.shape == (sum(rows), pictures.COLUMNS)
     for part, block in zip((weights, biases), picture.split(rows)):
         assert block.flatten()[: len(part)].tolist() == part and block.flatten()[len(part):].isnan().all()
 
@@ -53,10 +53,10 @@ def test_grid_of_one_kind_alone(kind, others):
 
 @pytest.mark.parametrize("factor, every", [(1.0, 1), (1.1, 2), (2.0, 2), (2.5, 3)])
 def test_grid_thins_long_vectors_evenly(factor, every):
-    n = int(factor * plots.HEATMAP_NUMBERS) // 2
+    n = int(factor * pictures.HEATMAP_NUMBERS) // 2
     picture = plots.grid(Subset(("a.weight", "a.bias"), ((n,), (n,))), torch.arange(2.0 * n))
     shown = picture[~picture.isnan()].tolist()
-    assert shown == [*range(0, n, every), *range(n, 2 * n, every)] and len(shown) <= plots.HEATMAP_NUMBERS + 1
+    assert shown == [*range(0, n, every), *range(n, 2 * n, every)] and len(shown) <= pictures.HEATMAP_NUMBERS + 1
 
 
 def test_heatmaps_share_a_scale_except_for_differences():
@@ -122,3 +122,44 @@ def test_violins_stand_in_the_order_of_the_setting():
     assert list(fig.layout.xaxis.categoryarray) == ["9", "100"] and fig.layout.xaxis.type == "category"
     assert [(t.name, list(t.x), list(t.y)) for t in fig.data] == [("a", ["100", "9", "9"], [0.1, 0.2, 0.4]), ("b", ["9"], [0.3])]
     assert len({t.line.color for t in fig.data}) == 2 and fig.layout.yaxis.title.text == "IoU"
+
+
+def test_no_two_of_many_methods_look_alike():
+    assert len({tuple(palette.look(i).values()) for i in range(81)}) == 81
+    assert all(palette.look(i)["color"] in palette.mark(i) for i in range(20))
+    text = dict(zip(palette.SYMBOLS, palette.SIGNS))
+    assert all(text[palette.look(i)["symbol"]] in palette.mark(i) for i in range(20))
+
+
+def test_scatters_have_a_panel_per_value_and_one_look_per_method():
+    table = pd.concat([frame().assign(row=r) for r in ("b", "a")])
+    fig = plots.scatters(table, "row", "t")
+    assert [a.text for a in fig.layout.annotations][:2] == ["b", "a"] and len(fig.data) == 6
+    looks = {(t.name, t.marker.color, t.marker.symbol) for t in fig.data}
+    assert len(looks) == 3 and sum(t.showlegend for t in fig.data) == 3
+    np.testing.assert_allclose(fig.data[0].y, 100 * table[(table.row == "b") & (table.method == "original")].accuracy)
+    assert [t.marker.size for t in fig.data if t.name == "average"][0] > [t.marker.size for t in fig.data if t.name == "p-diff"][0]
+
+
+def test_frontier_runs_along_its_edge_and_shows_every_method():
+    points = pd.DataFrame({"method": list("abcd"), "label": ["a", "", "c", "d"], "group": ["s", "s", "s", "p"], "x": [0.1, 0.2, 0.3, 0.25],
+                           "y": [1.0, 0.5, 2.0, 3.0], "x_spread": 0.01, "y_spread": [0.1, 0.2, 0.3, 0.4]})
+    fig = plots.frontier(points, ["a", "c"], "t", x_title="x", y_title="y")
+    edge, simple, other = fig.data
+    assert (list(edge.x), list(edge.y), edge.mode) == ([0.1, 0.3], [1.0, 2.0], "lines")
+    assert list(simple.customdata) == ["a", "b", "c"] and list(simple.text) == ["a", "", "c"] and list(other.y) == [3.0]
+    assert list(simple.error_y.array) == [0.1, 0.2, 0.3]
+
+
+def test_matrix_writes_its_numbers_and_leaves_the_missing_empty():
+    values = pd.DataFrame([[1.0, float("nan")], [-0.25, 3.0]], index=["r", "s"], columns=["c", "d"])
+    fig = plots.matrix(values, "t", bar="points", diverging=True, digits=2)
+    assert [list(row) for row in fig.data[0].text] == [["+1.00", ""], ["-0.25", "+3.00"]] and (fig.data[0].zmin, fig.data[0].zmax) == (-3, 3)
+    assert list(fig.data[0].x) == ["c", "d"] and list(fig.data[0].y) == ["r", "s"]
+    assert plots.matrix(values * float("nan"), "t", bar="b", diverging=True).data[0].zmin is None
+
+
+def test_facets_do_not_join_names():
+    table = pd.DataFrame({"method": "m", "x": [1, 2, 4], "name": list("abc"), "y": [1.0, 2.0, 3.0], "spread": 0.1, "n": 5})
+    modes = [plots.facets(table, x, "y", None, "t", x_title="x", y_title="y").data[0].mode for x in ("x", "name")]
+    assert modes == ["lines+markers", "markers"]

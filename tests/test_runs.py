@@ -432,3 +432,24 @@ def test_a_run_has_its_folder_and_record(tmp_path, monkeypatch):
         }.items()
     )
     assert 0 <= content["seconds"] < 60 and {"python", "commit", "device", "created"} <= content.keys()
+
+
+def test_spent_is_what_the_stages_cost_when_they_were_computed(tmp_path):
+    def slow(_checkpoint):
+        time.sleep(0.3)
+        return {"x": torch.zeros(1)}
+
+    def both(store):
+        return [store.stage(name, {}, slow)["x"] for name in ("a", "b")]
+
+    first, again = runs.Store(tmp_path), runs.Store(tmp_path)
+    _, computed = first.spent(lambda: both(first))
+    start = time.perf_counter()
+    result, kept = again.spent(lambda: both(again))
+    assert time.perf_counter() - start < 0.3 and len(result) == 2
+    assert kept == pytest.approx(computed, abs=1e-6) and 0.6 <= computed < 1.5
+    _, once = again.spent(lambda: again.stage("a", {}, slow))  # those of this work only, though it was used before
+    assert 0.3 <= once < computed
+    nothing = runs.Store(None)
+    assert 0.6 <= nothing.spent(lambda: both(nothing))[1] < 1.5  # by the clock
+    assert again.spent(lambda: time.sleep(0.05))[1] == pytest.approx(0.05, abs=0.04)

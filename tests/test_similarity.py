@@ -1,5 +1,7 @@
 """similarity.py: IoU equals brute force, copies score 1, distances and shares outside the span equal NumPy's."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -145,3 +147,19 @@ def test_outside_span_equals_least_squares():
     rest = deviation - np.linalg.lstsq(directions.T, deviation.T, rcond=None)[0].T @ directions
     want = np.linalg.norm(rest, axis=1) / np.linalg.norm(deviation, axis=1)
     np.testing.assert_allclose(similarity.outside_span(theta, ORIGINALS).numpy(), want, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- among the generated
+
+@pytest.mark.parametrize("m, n", [(2, 5), (3, 1), (7, 40), (20, 3)])
+def test_pairwise_is_the_mean_over_all_pairs(m, n):
+    wrong = random(m, n, seed=m) > 0.4
+    sets = [{i for i, w in enumerate(row) if w} for row in wrong.tolist()]
+    pairs = [len(a & b) / len(a | b) if a | b else 1.0 for a, b in itertools.combinations(sets, 2)]
+    assert similarity.pairwise(wrong) == pytest.approx(sum(pairs) / len(pairs), abs=1e-6)
+
+
+def test_pairwise_of_copies_of_one_and_of_none_in_common():
+    one = torch.tensor([[True, False, True]])
+    assert similarity.pairwise(one.expand(5, -1).contiguous()) == similarity.pairwise(one) == 1.0
+    assert similarity.pairwise(torch.eye(4, dtype=torch.bool)) == 0.0

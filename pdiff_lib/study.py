@@ -1,0 +1,82 @@
+"""Recipes that differ in a few settings, over several seeds: the rows of an ablation, their shared stages computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
+from pdiff_lib.recipe import Recipe
+from pdiff_lib.runs import Store
+
+
+class Study:
+    """An `Experiment` per row and seed. All are made here, so that a wrong row is said before any long work.
+
+    Args:
+        recipe: what the rows have in common.
+        rows: settings of each row, by its name (the paper's, where it has that row): `{"x10": {"sigma_z": 1.0}}`.
+        seeds: of network, zoo, p-diff and samples together.
+        store, device, progress: as for `Experiment`.
+
+    Attributes:
+        experiments: by (row, seed).
+
+    Raises:
+        ValueError: no rows or seeds, a seed given twice, or what `Recipe.of` and `Experiment` refuse; names the row.
+    """
+
+    def __init__(self, recipe: Recipe, rows: Mapping[str, Mapping[str, Any]], seeds: Sequence[int] = (0,), *,
+                 store: Store | None = None, device: str | None = None, progress: bool = True):
+        if not rows or not seeds or len(set(seeds)) < len(seeds):
+            raise ValueError(f"rows are {list(rows)}, seeds {list(seeds)}: expected at least one of each, and no seed twice")
+        store, shared, flat = store or Store(), {}, recipe.flat()
+        self.experiments: dict[tuple[str, int], Experiment] = {}
+        for row, own in rows.items():
+            for seed in seeds:
+                try:
+                    settings = Recipe.of(**{**flat, "seed": seed, "pdiff_seed": seed, **own})
+                    self.experiments[row, seed] = Experiment(settings, store, device, progress, shared)
+                except ValueError as e:
+                    raise ValueError(f"row {row!r}: {e}") from e
+        self.store = store
+
+    @property
+    def first(self) -> Experiment:
+        """The first row at the first seed."""
+        return next(iter(self.experiments.values()))
+
+    def __iter__(self) -> Iterator[tuple[str, int, Experiment]]:
+        return ((row, seed, e) for (row, seed), e in self.experiments.items())
+
+    def frame(self, methods: Sequence[str] = (ORIGINAL, PDIFF)) -> pd.DataFrame:
+        """The rows of `Experiment.frame` of all experiments, with columns `row` and `seed` in front."""
+        parts = []
+        for row, seed, e in self:
+            part = e.frame(list(methods))
+            part.insert(0, "seed", seed)
+            part.insert(0, "row", row)
+            parts.append(part)
+        return pd.concat(parts, ignore_index=True)
+
+
+def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
+    """A line per row, method and seed: n, mean and best accuracy (fractions), mean and 5th and 95th percentile of the maximum
+    similarity, and `gain`, the mean accuracy beyond that of the same row's and seed's originals (where they are there)."""
+    groups = frame.groupby(["row", "method", "seed"], sort=False)
+    table = groups.agg(n=("accuracy", "size"), mean=("accuracy", "mean"), std=("accuracy", lambda a: a.std(ddof=0)),
+                       best=("accuracy", "max"), max_similarity=("max_similarity", "mean"),
+                       low=("max_similarity", lambda s: s.quantile(0.05)), high=("max_similarity", lambda s: s.quantile(0.95)),
+                       distance=("distance", "mean"), outside_span=("outside_span", "mean")).reset_index()
+    own = table[table.method == ORIGINAL].set_index(["row", "seed"])["mean"]
+    table["gain"] = table["mean"] - own.reindex(pd.MultiIndex.from_frame(table[["row", "seed"]])).to_numpy()
+    return table
+
+
+def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over the seeds of every column of `by_seed`, a line per row and method; columns
+    (measure, "mean" or "std"), and the number of seeds. One seed has no deviation: NaN."""
+    table = by_seed(frame).drop(columns="seed").groupby(["row", "method"], sort=False)
+    return pd.concat([table.agg(["mean", "std"]), table.size().rename(("seeds", "n"))], axis=1)
