@@ -27,7 +27,7 @@ def groups(net: nn.Module, sub: subset.Subset) -> Groups:
 
     Derived from the order of the layers: a layer's outputs, its bias, the layer norms after it and the inputs of the next
     layer (through flattening: as many inputs per channel as it has positions; through a skip connection: those of both
-    branches) permute together. Then checked: a random permutation must leave the function of random parameters as it is.
+    branches) permute together. Then checked: permutations that generate all others must leave the function as it is.
 
     Args:
         net: the network, with its `input_shape`.
@@ -108,15 +108,22 @@ def _keeps_the_function(net: nn.Module, sub: subset.Subset, together: Groups) ->
     generator = torch.Generator().manual_seed(0)
     theta = sub.flatten(net).cpu()[None]
     theta = theta + 0.1 * torch.randn(theta.shape, generator=generator)  # layer norms start as all ones
-    moved = permute(theta, together, random(together, 1, generator))
-    x = torch.randn(2, *net.input_shape, generator=generator)
+    moved = permute(theta.expand(2, -1), together, [torch.stack(_generators(len(g))) for g in together])
+    x = torch.randn(64, *net.input_shape, generator=generator)  # so many that no unit is silent for all of them
     where, modes = next(net.parameters()), {m: m.training for m in net.modules()}
     try:
-        a, b = (torch.func.functional_call(net.eval(), sub.unflatten(t[0].to(where)), (x.to(where),)) for t in (theta, moved))
+        a, *b = (torch.func.functional_call(net.eval(), sub.unflatten(t.to(where)), (x.to(where),)) for t in (*theta, *moved))
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+    return all(torch.allclose(a, c, rtol=1e-3, atol=1e-4 * float(a.abs().max())) for c in b)
+
+
+def _generators(units: int) -> tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]:
+    """Two permutations that all others are made of: each unit one on, and the first two exchanged."""
+    rolled, swapped = torch.arange(units).roll(1), torch.arange(units)
+    swapped[:2] = swapped[:2].flip(0)
+    return rolled, swapped
 
 
 def random(groups: Groups, m: int, generator: torch.Generator | None = None) -> list[Int64[Tensor, "m _"]]:
