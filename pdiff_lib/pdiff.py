@@ -93,7 +93,7 @@ class PDiff:
         subset.check(theta, at_least=2)
         device, settings = self.device or theta.device, self.ae_settings
         theta = theta.to(device)
-        self.standardise = subset.Standardiser(theta, self.sizes)
+        self.standardise = subset.Standardiser(theta, self.sizes, settings.centre)
         v = self.standardise(theta)
 
         def train_autoencoder(checkpoint: Checkpoint) -> dict[str, Tensor]:

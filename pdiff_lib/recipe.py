@@ -97,8 +97,10 @@ class Population(Section):
 @dataclass(frozen=True)
 class Autoencoder(Section):
     """Table 5c and Eq. 5. Noise scales are standard deviations: on the standardised vector, and on the raw latent.
-    `ae_kind`: "conv" (the paper's) or "pca" (at most K-1 components; no training, no noise)."""
+    `ae_kind`: "conv" (the paper's) or "pca" (at most K-1 components; no training, no noise). `centre`: what is subtracted
+    from a vector before it is encoded, "tensor" (the authors': one mean per tensor) or "vector" (the mean checkpoint)."""
 
+    centre: str = setting("tensor", choices=("tensor", "vector"))
     ae_kind: str = setting("conv", choices=("conv", "pca"))
     ae_channels: tuple[int, ...] = setting((64, 128, 256, 256, 32), 1)
     latent_dim: int = setting(128, 1)

@@ -128,25 +128,30 @@ def _norms_in_forward_order(net: nn.Module) -> list[str]:
 
 
 class Standardiser:
-    """Each tensor of `theta` by one mean and one standard deviation.
-
-    Both are scalars per tensor: over its numbers within a checkpoint, then averaged over the checkpoints (the
-    authors' way; METHOD "From checkpoints to vectors"). A tensor that is constant keeps its scale.
+    """Each tensor of `theta` by its mean and one standard deviation.
 
     Args:
         theta: [K D], what the statistics come from.
         sizes: lengths of the tensors; None treats the vector as one tensor.
+        centre: "tensor": mean and standard deviation are scalars per tensor, over its numbers within a checkpoint, then
+            averaged over the checkpoints (the authors' way; METHOD "From checkpoints to vectors"). "vector": the mean is the
+            mean checkpoint, and the standard deviation the root mean square of what a tensor's numbers deviate from it.
+
+    A tensor that is constant keeps its scale.
     """
 
-    def __init__(self, theta: Float[Tensor, "K D"], sizes: Sequence[int] | None = None):
+    def __init__(self, theta: Float[Tensor, "K D"], sizes: Sequence[int] | None = None, centre: str = "tensor"):
         sizes = tuple(sizes or (theta.shape[1],))
         if sum(sizes) != theta.shape[1]:
             raise ValueError(f"sizes add up to {sum(sizes)}: expected {theta.shape[1]}, the length of the vectors")
-        parts = theta.split(sizes, dim=1)
         lengths = torch.tensor(sizes, device=theta.device)
-        mean = torch.stack([p.mean() for p in parts])
-        std = torch.stack([p.std(dim=1, correction=0).mean() for p in parts])
-        self.mean = mean.repeat_interleave(lengths)
+        if centre == "vector":
+            self.mean = theta.mean(dim=0)
+            std = torch.stack([p.square().mean().sqrt() for p in (theta - self.mean).split(sizes, dim=1)])
+        else:
+            parts = theta.split(sizes, dim=1)
+            self.mean = torch.stack([p.mean() for p in parts]).repeat_interleave(lengths)
+            std = torch.stack([p.std(dim=1, correction=0).mean() for p in parts])
         self.std = torch.where(std > 0, std, 1.0).repeat_interleave(lengths)
 
     def __call__(self, theta: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:

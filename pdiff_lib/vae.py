@@ -81,7 +81,7 @@ class VAE:
         """
         subset.check(theta, at_least=2)
         device, own, vae = self.device or theta.device, self.network, self.settings
-        self.standardise = subset.Standardiser(theta.to(device), self.sizes)
+        self.standardise = subset.Standardiser(theta.to(device), self.sizes, own.centre)
         v = self.standardise(theta.to(device))
 
         def train(checkpoint: Checkpoint) -> dict[str, Tensor]:
