@@ -159,6 +159,16 @@ def test_a_trained_autoencoder_beats_the_mean_and_samples_lie_near_the_zoo():
     assert nearest < 0.6 * torch.cdist(v.mean(0, keepdim=True), v).median()
 
 
+def test_centred_vectors_are_rebuilt_where_what_they_share_is_large():
+    """As whole networks are: what checkpoints differ in is small beside what they have in common."""
+    theta = 100 * torch.randn(96, generator=seeded(5)) + zoo()
+    errors = {}
+    for centre in ("tensor", "vector"):
+        p = PDiff((48, 48), centre=centre, **{**SMALL, "ae_steps": 120, "ae_lr": 5e-3}).fit_autoencoder(theta)
+        errors[centre] = float((p.decode(p.z) - theta).square().sum() / (theta - theta.mean(0)).square().sum())
+    assert errors["vector"] < 0.05 and errors["tensor"] > 0.5
+
+
 def test_diagnose_is_finite_before_any_success(fitted):
     found = fitted.diagnose(zoo(), 5, seeded())
     assert set(found) == {"reconstruction_mse", "latent_std", "generated_latent_std",
@@ -264,7 +274,7 @@ def test_a_second_fit_computes_nothing(tmp_path, fitted, trained):
 @pytest.mark.parametrize("change, again", [
     ({"diffusion_lr": 5e-3}, ["denoiser"]), ({"T": 30}, ["denoiser"]), ({"standardise_latents": True}, ["denoiser"]),
     ({"sampler": "ddim", "eta": 0.3}, []), ({"ae_lr": 1e-3}, ["autoencoder", "denoiser"]),
-    ({"sigma_z": 0.3}, ["autoencoder", "denoiser"]), ({"pdiff_seed": 3}, ["autoencoder", "denoiser"])], ids=str)
+    ({"sigma_z": 0.3}, ["autoencoder", "denoiser"]), ({"centre": "vector"}, ["autoencoder", "denoiser"]), ({"pdiff_seed": 3}, ["autoencoder", "denoiser"])], ids=str)
 def test_a_setting_computes_its_own_stage_anew(tmp_path, trained, change, again):
     PDiff((48, 48), **SMALL).fit(zoo(), Store(tmp_path))
     trained.clear()

@@ -152,6 +152,27 @@ def test_standardiser_equals_numpy(sizes):
     np.testing.assert_allclose(standardise(torch.from_numpy(theta[0])).numpy(), want[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [None, (3, 7), (1, 2, 3, 4)])
+def test_standardiser_around_the_mean_vector_equals_numpy(sizes):
+    theta = zoo()
+    standardise = Standardiser(torch.from_numpy(theta), sizes, "vector")
+    want, at = theta.astype(np.float64) - theta.astype(np.float64).mean(axis=0), 0
+    for size in sizes or (10,):
+        want[:, at : at + size] /= np.sqrt(np.mean(want[:, at : at + size] ** 2))
+        at += size
+    got = standardise(torch.from_numpy(theta))
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(standardise.inverse(got).numpy(), theta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("centre", ["tensor", "vector"])
+def test_tensors_that_all_vectors_share_keep_their_scale(centre):
+    theta = torch.tensor([[2.0, 2.0, 1.0, 5.0], [2.0, 2.0, 3.0, 7.0]])
+    standardise = Standardiser(theta, (2, 2), centre)
+    assert standardise.std[:2].tolist() == [1, 1] and standardise(theta)[:, :2].abs().max() == 0
+    assert torch.equal(standardise.inverse(standardise(theta)), theta)
+
+
 def test_constant_tensors_keep_their_scale():
     theta = torch.tensor([[2.0, 2.0, 1.0, 5.0], [2.0, 2.0, 3.0, 7.0]])
     standardise = Standardiser(theta, (2, 2))

@@ -120,7 +120,7 @@ def test_a_killed_training_resumes_to_the_bit(tmp_path, monkeypatch):
     assert len(steps) == 5  # and is not trained again
 
 
-@pytest.mark.parametrize("change", [{"kl_weight": 0.5}, {"vae_lr": 1e-3}, {"latent_dim": 3}, {"pdiff_seed": 1}], ids=str)
+@pytest.mark.parametrize("change", [{"kl_weight": 0.5}, {"vae_lr": 1e-3}, {"latent_dim": 3}, {"pdiff_seed": 1}, {"centre": "vector"}], ids=str)
 def test_a_setting_trains_anew(tmp_path, change):
     made().fit(zoo(), Store(tmp_path))
     made(**change).fit(zoo(), Store(tmp_path))
