@@ -81,7 +81,7 @@ class PDiff:
             net, losses = denoiser.fit(self.scaled, self.schedule, settings, seed, checkpoint=checkpoint, progress=self.progress)
             return {"losses": losses, **net.state_dict(prefix="net.")}
 
-        key = {"z": tensor_digest(self.scaled), "seed": seed, "device": device.type, **dataclasses.asdict(settings)}
+        key = {"z": tensor_digest(self.z), "seed": seed, "device": device.type, **dataclasses.asdict(settings)}
         stage = store.stage("denoiser", key, train_denoiser, code=(denoiser, diffusion.Schedule, training))
         self.denoiser = denoiser.create(settings, self.z.shape[1], self.schedule)
         self._load(self.denoiser, stage, device)
@@ -98,13 +98,16 @@ class PDiff:
 
         def train_autoencoder(checkpoint: Checkpoint) -> dict[str, Tensor]:
             self.ae, losses = autoencoder.fit(v, settings, checkpoint=checkpoint, progress=self.progress)
-            return {"losses": losses, "z": self.encode(theta), **self.ae.state_dict(prefix="net.")}
+            return {"losses": losses, "z": self.encode(theta), "mean": self.standardise.mean, "std": self.standardise.std,
+                    **self.ae.state_dict(prefix="net.")}
 
-        key = {"v": tensor_digest(v), "device": device.type, **dataclasses.asdict(settings)}
-        stage = (store or Store(None)).stage("autoencoder", key, train_autoencoder, code=(autoencoder, training))
+        # Of the raw vectors: the last bits of v (and of the statistics, kept with it) depend on how many threads there are.
+        key = {"theta": tensor_digest(theta), "sizes": self.sizes, "device": device.type, **dataclasses.asdict(settings)}
+        stage = (store or Store(None)).stage("autoencoder", key, train_autoencoder, code=(autoencoder, subset.Standardiser, training))
         self.ae = autoencoder.create(settings, v.shape[1], stage["z"].shape[1])
         self._load(self.ae, stage, device)
         self.ae_losses, self.z = stage["losses"], stage["z"].to(device)
+        self.standardise.mean, self.standardise.std = stage["mean"].to(device), stage["std"].to(device)
         return self
 
     @property

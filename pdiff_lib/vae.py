@@ -95,14 +95,16 @@ class VAE:
             optimizer = torch.optim.AdamW(net.parameters(), vae.vae_lr, weight_decay=own.ae_weight_decay)
             losses = training.loop(loss_at, vae.vae_steps, {"vae": net.train()}, optimizer, checkpoint=checkpoint, desc="VAE",
                                    progress=self.progress)
-            return {"losses": losses, **net.state_dict(prefix="net.")}
+            return {"losses": losses, "mean": self.standardise.mean, "std": self.standardise.std, **net.state_dict(prefix="net.")}
 
-        key = {"v": tensor_digest(v), "device": device.type, **dataclasses.asdict(own), **dataclasses.asdict(vae)}
-        code = (VAE.fit, VAE._create, VariationalAutoencoder, negative_elbo, divergence, autoencoder, training)
+        key = {"theta": tensor_digest(theta), "sizes": self.sizes, "device": device.type, **dataclasses.asdict(own),
+               **dataclasses.asdict(vae)}
+        code = (VAE.fit, subset.Standardiser, VAE._create, VariationalAutoencoder, negative_elbo, divergence, autoencoder, training)
         stage = (store or Store(None)).stage("VAE", key, train, code=code)
         self.net, self.losses = self._create(v), stage["losses"]
         self.net.load_state_dict({k.removeprefix("net."): t for k, t in stage.items() if k.startswith("net.")})
         self.net.eval()
+        self.standardise.mean, self.standardise.std = stage["mean"].to(device), stage["std"].to(device)
         return self
 
     def _create(self, v: Float[Tensor, "K D"]) -> VariationalAutoencoder:

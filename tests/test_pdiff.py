@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn import decomposition
 from torch import nn
 
-from pdiff_lib import autoencoder, denoiser, pdiff, similarity
+from pdiff_lib import autoencoder, denoiser, pdiff, similarity, subset
 from pdiff_lib.autoencoder import PCA, Autoencoder, noisy_reconstruction_loss
 from pdiff_lib.denoiser import Denoiser, ResidualMLP, noise_loss, sinusoidal
 from pdiff_lib.diffusion import GaussianDenoiser, Schedule
@@ -269,6 +269,23 @@ def test_a_second_fit_computes_nothing(tmp_path, fitted, trained):
     assert trained == ["autoencoder", "denoiser"]
     assert torch.equal(first, want) and torch.equal(second.sample(5, seeded()), want)
     assert torch.equal(second.z, fitted.z) and torch.equal(second.ae_losses, fitted.ae_losses)
+
+
+def test_statistics_with_other_last_bits_train_nothing_anew(tmp_path, trained, monkeypatch):
+    """They depend on how many threads there are."""
+    first = PDiff((48, 48), **SMALL).fit(zoo(), Store(tmp_path))
+    plain = subset.Standardiser.__init__
+
+    def nudged(self, *args):
+        plain(self, *args)
+        self.mean = self.mean * (1 + 1e-6)
+
+    trained.clear()
+    with monkeypatch.context() as m:
+        m.setattr(subset.Standardiser, "__init__", nudged)
+        second = PDiff((48, 48), **SMALL).fit(zoo(), Store(tmp_path))
+    assert trained == [] and second.fingerprint == first.fingerprint
+    assert torch.equal(second.sample(3, seeded()), first.sample(3, seeded()))
 
 
 @pytest.mark.parametrize("change, again", [
