@@ -9,51 +9,21 @@ import copy
 import dataclasses
 import inspect
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from pdiff_lib import (
-    autoencoder,
-    baselines,
-    capture,
-    data,
-    denoiser,
-    diffusion,
-    evaluate,
-    networks,
-    pdiff,
-    population,
-    similarity,
-    subset,
-    symmetry,
-    training,
-    vae,
-    zoo,
-)
+from pdiff_lib import autoencoder, baselines, capture, data, denoiser, diffusion, evaluate, networks, pdiff, population
+from pdiff_lib import similarity, subset, symmetry, training, vae, zoo
 from pdiff_lib.recipe import Autoencoder, Diffusion, Recipe, Sampling, Vae
 from pdiff_lib.runs import Store, tensor_digest
 
 ORIGINAL, AVERAGE, PDIFF = "original", "average", "p-diff"
 STEP = (zoo._classification, data.Images.augment, data._random_crop, data.epoch_order, training)  # code of one training step
 SAMPLED = (autoencoder, denoiser, diffusion, baselines.gaussian, subset.Standardiser)  # code of sampling
-
-
-class TrainingPath(NamedTuple):
-    """A network at S moments of its training.
-
-    Attributes:
-        epochs: [S] epochs done.
-        theta: [S D] the subset's parameters.
-        accuracy: [S] of the whole network as it was then, fractions.
-    """
-
-    epochs: list[float]
-    theta: Float[Tensor, "S D"]
-    accuracy: Float[Tensor, "S"]
 
 
 class Experiment:
@@ -169,39 +139,18 @@ class Experiment:
         """What training starts from; pretrained weights and the user's own count by content."""
         return {"images": self.images.digest, "start": tensor_digest(self._initial.state_dict()), "device": self.device.type}
 
-    def training_path(self, moments: int = 6) -> TrainingPath:
-        """The subset's parameters and the accuracy at moments of the base training, denser at its start (Figure 1).
-
-        Args:
-            moments: how many, at least two: first (untrained) and last are included; at most one per step.
-        """
-        if moments < 2:
-            raise ValueError(f"moments is {moments}: expected at least 2, the first and the last")
-        base, (x, y) = dataclasses.asdict(self.recipe.base), (self.images.x_test, self.images.y_test)
-        per_epoch = zoo.steps_per_epoch(len(self.images.x_train), self.recipe.base.base_batch)
-        total = per_epoch * self.recipe.base.base_epochs
-        steps = sorted({round(total * (i / (moments - 1)) ** 2) for i in range(moments)})
+    def training_path(self, moments: int = 6) -> zoo.TrainingPath:
+        """See `zoo.training_path` (stage "training path")."""
+        base = dataclasses.asdict(self.recipe.base)
 
         def compute(checkpoint):
-            net = copy.deepcopy(self._initial).to(self.device)
-            theta = torch.empty(len(steps), self.subset.numel, device=self.device)
-            accuracy = torch.empty(len(steps), device=self.device)
+            path = zoo.training_path(copy.deepcopy(self._initial), self.images, self.subset, moments, checkpoint=checkpoint,
+                                     device=self.device, progress=self.progress, **base)
+            return {**path._asdict(), "epochs": torch.tensor(path.epochs, dtype=torch.float64)}
 
-            def look(step: int) -> None:
-                if step + 1 in steps:
-                    i = steps.index(step + 1)
-                    theta[i] = self.subset.flatten(net)
-                    wrong = evaluate.wrong(net, self.subset, theta[i : i + 1], x, y, prepare=self.images.prepare)
-                    accuracy[i] = evaluate.accuracy(wrong)[0]
-
-            look(-1)
-            zoo.train(net, self.images, after=look, buffers={"theta": theta, "accuracy": accuracy}, checkpoint=checkpoint,
-                      device=self.device, progress=self.progress, **base)
-            return {"theta": theta, "accuracy": accuracy}
-
-        key = {**self._start, **base, "steps": steps, "names": self.subset.names}
-        stage = self.store.stage("training path", key, compute, code=(zoo.train, capture, evaluate, *STEP))
-        return TrainingPath([s / per_epoch for s in steps], stage["theta"], stage["accuracy"])
+        key = {**self._start, **base, "moments": moments, "names": self.subset.names}
+        stage = self.store.stage("training path", key, compute, code=(zoo.training_path, zoo.train, capture, evaluate, *STEP))
+        return zoo.TrainingPath(stage["epochs"].tolist(), stage["theta"], stage["accuracy"])
 
     @cached_property
     def net_digest(self) -> str:

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pdiff_lib import data, networks, recipe, runs, subset, training
+from pdiff_lib import data, evaluate, networks, recipe, runs, subset, training
 from pdiff_lib.runs import Checkpoint
 
 
@@ -35,6 +36,20 @@ class Zoo:
         """One safetensors file, atomically."""
         note = {"names": list(self.names), "shapes": [list(s) for s in self.shapes]}
         runs.write(Path(path), {"theta": self.theta, "losses": self.losses}, note)
+
+
+class TrainingPath(NamedTuple):
+    """A network at S moments of its training.
+
+    Attributes:
+        epochs: [S] epochs done.
+        theta: [S D] the subset's parameters.
+        accuracy: [S] of the whole network as it was then, fractions.
+    """
+
+    epochs: list[float]
+    theta: Float[Tensor, "S D"]
+    accuracy: Float[Tensor, "S"]
 
 
 def load(path: str | Path, sub: subset.Subset | None = None) -> Zoo:
@@ -151,3 +166,39 @@ def _classification(net: nn.Module, images: data.Images, batch: int, base: recip
         return F.cross_entropy(net(images.augment(x[pick], seed, base.flip, (base.crop_scale, 1.0))), y[pick])
 
     return loss_at, per_epoch
+
+
+def training_path(net: nn.Module, images: data.Images, sub: subset.Subset, moments: int = 6, *, checkpoint: Checkpoint | None = None,
+                  device=None, progress: bool = True, **settings) -> TrainingPath:
+    """The subset's parameters and the accuracy at moments of the base training, denser at its start (Figure 1).
+
+    Args:
+        net: as it is before training; it is trained in place.
+        images: train and test images.
+        sub: the parameters to look at.
+        moments: how many, at least two: first (untrained) and last are included; at most one per step.
+        checkpoint, device, progress, settings: as in `train`.
+
+    Raises:
+        ValueError: fewer than two moments, or what `train` refuses.
+    """
+    if moments < 2:
+        raise ValueError(f"moments is {moments}: expected at least 2, the first and the last")
+    own, = recipe.split(settings, recipe.Base)
+    device = training.device_of(device)
+    per_epoch = steps_per_epoch(len(images.x_train), own.base_batch)
+    steps = sorted({round(per_epoch * own.base_epochs * (i / (moments - 1)) ** 2) for i in range(moments)})
+    theta, accuracy = torch.empty(len(steps), sub.numel, device=device), torch.empty(len(steps), device=device)
+    net.to(device)
+
+    def look(step: int) -> None:
+        if step + 1 in steps:
+            i = steps.index(step + 1)
+            theta[i] = sub.flatten(net)
+            wrong = evaluate.wrong(net, sub, theta[i : i + 1], images.x_test, images.y_test, prepare=images.prepare)
+            accuracy[i] = evaluate.accuracy(wrong)[0]
+
+    look(-1)
+    train(net, images, after=look, buffers={"theta": theta, "accuracy": accuracy}, checkpoint=checkpoint, device=device,
+          progress=progress, **settings)
+    return TrainingPath([s / per_epoch for s in steps], theta, accuracy)

@@ -1,4 +1,4 @@
-"""memory.py: closed forms against the networks as they are, and against what a step really keeps."""
+"""memory.py, meter.py: closed forms against the networks as they are, and against what a step really keeps."""
 
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ import torch
 
 from pdiff_lib import denoiser, paper
 from pdiff_lib.autoencoder import Autoencoder, noisy_reconstruction_loss
-from pdiff_lib.memory import SCHEDULE, Meter, Step, _prepared
+from pdiff_lib.memory import Step
+from pdiff_lib.meter import SCHEDULE, Meter, prepared
 
 NARROW, NARROW_DENOISER = (16, 32, 64, 64, 16), (16, 32, 64, 32, 16)
 STEPS = [
@@ -84,7 +85,7 @@ def test_recomputing_trains_the_same():
     for recompute in (False, True):
         torch.manual_seed(0)
         step = Step("autoencoder", 128, 8, (4, 4), 6, recompute=recompute)
-        net, train = _prepared(step, torch.device("cpu"))
+        net, train = prepared(step, torch.device("cpu"))
         train()
         gradients.append([p.grad for p in net.parameters()])
     assert len(gradients[0]) == len(gradients[1])
@@ -97,7 +98,7 @@ def test_passes_add_up_to_the_batch():
     norms = []
     for passes in (1, 5):
         torch.manual_seed(0)
-        net, train = _prepared(Step("autoencoder", 128, 8, (4, 4), 50, passes=passes), torch.device("cpu"))
+        net, train = prepared(Step("autoencoder", 128, 8, (4, 4), 50, passes=passes), torch.device("cpu"))
         train()
         norms.append(float(net.to_inner.weight.grad.norm()))
     assert norms[1] == pytest.approx(norms[0], rel=0.5)  # batch norm sees smaller batches: not equal
