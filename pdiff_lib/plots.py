@@ -139,7 +139,8 @@ def lines(frame: pd.DataFrame, x: str, y: str, by: str | None, title: str, *, x_
     fig.update_layout(title=title, width=820, height=430, xaxis_title=x_title, yaxis_title=y_title, legend_title=by,
                       showlegend=by is not None)
     # On a logarithmic axis the values themselves are the ticks: they are few and chosen.
-    fig.update_xaxes({"type": "log", "tickvals": sorted(set(frame[x]))} if log_x else {"type": "linear"})
+    plain = {"type": "linear" if pd.api.types.is_numeric_dtype(frame[x]) else "category"}
+    fig.update_xaxes({"type": "log", "tickvals": sorted(set(frame[x]))} if log_x else plain)
     return fig.update_yaxes({"type": "log", "dtick": 1} if log_y else {"type": "linear"})
 
 

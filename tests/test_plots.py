@@ -94,6 +94,9 @@ def test_lines_draws_a_curve_per_group(by, names):
     assert [trace.name for trace in fig.data] == names
     assert [y for trace in fig.data for y in trace.y] == [4, 3, 2, 1]
     assert (fig.layout.xaxis.type, fig.layout.yaxis.type) == ("linear", "log")
+    # On a linear axis names are not drawn at all.
+    fig = plots.lines(table, "run", "loss", None, "t", x_title="run", y_title="loss")
+    assert fig.layout.xaxis.type == "category"
 
 
 def test_columns_are_the_vectors():
