@@ -43,7 +43,7 @@ class PDiff:
     Raises:
         ValueError: an unknown setting or a value out of range.
 
-    Source: Eq. 5 and 6, Table 5; deviations are settings (`standardise_latents`, `beta_range`, `sampler`).
+    Source: Eq. 5 and 6, Table 5; deviations are settings (`centre`, `standardise_latents`, `beta_range`, `sampler`).
     """
 
     def __init__(self, sizes: Sequence[int] | None = None, device: str | torch.device | None = None,
