@@ -132,7 +132,7 @@ def scorecard(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     newest = found.sort_values("created").drop_duplicates([*key, "scale"], keep="last").drop(columns="created")
     theirs = tables()[tables().table.isin(SCORED)].rename(columns={"value": "paper"}).reset_index(names="order")
     card = theirs.merge(newest.rename(columns={"value": "ours"}), on=key, how="outer", sort=False)
-    card["log"] = [logged(r.table, r.setting, r.method, r.metric) for r in card.itertuples()]
+    card["log"] = [float("nan") if pd.isna(r.paper) else logged(r.table, r.setting, r.method, r.metric) for r in card.itertuples()]
     of_table = card.table.map({t: i for i, t in enumerate(SCORED)})
     card = card.assign(of_table=of_table).sort_values(["of_table", "order"], kind="stable")  # as the paper prints them
     return card.fillna({"scale": "not run", "notebook": "", "device": ""})[

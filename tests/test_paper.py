@@ -134,3 +134,13 @@ def test_markdown_has_a_line_per_number_found_and_counts_the_rest():
     text = paper.markdown(paper.scorecard([record("2026-01", 61.0)]))
     assert "| 3c | x10 | p-diff | best accuracy (%) | 77.9 |  | 61.00 +- 0.10 | 3 | resnet18, cifar10 |" in text
     assert text.count("\n| ") == 1 and "Table 3c: 9 of 10 numbers" in text and "Table 4: 15 of 15" in text
+
+
+def test_a_method_that_the_paper_does_not_have_stands_beside_no_number_of_theirs():
+    own = paper.entry("2", "MLP-mini / CIFAR-10", "p-diff, centred", BEST, 40.1)
+    record = {"notebook": "n", "numbers": {"scorecard": [own]}, "settings": {"network": "mlp-mini"}, "scale": "s",
+              "device": "CPU", "created": "2026"}
+    card = paper.scorecard([record])
+    row = card[card.method == "p-diff, centred"].iloc[0]
+    assert row.ours == 40.1 and math.isnan(row.paper) and math.isnan(row.log)
+    assert "| 2 | MLP-mini / CIFAR-10 | p-diff, centred | best accuracy (%) |  |  | 40.10 |" in paper.markdown(card)
