@@ -85,6 +85,8 @@ def test_parameter_files_fit_their_notebook(file):
     values = jobs.check(jobs.find(number if number in [p.stem.partition("_")[0] for p in NOTEBOOKS] else "00"), given)
     recipe.Recipe.of(**{n: v for row in given.get("rows", {}).values() for n, v in row.items()})
     assert len(given) > 1 and {n: values[n] for n in given} == given
+    # A notebook's own number is that of its smoke run.
+    assert "dataset" not in given or {"train_images", "test_images", "k_checkpoints", "base_epochs"} <= given.keys()
 
 
 def at(numbers, path: str) -> float:
