@@ -139,8 +139,10 @@ def lines(frame: pd.DataFrame, x: str, y: str, by: str | None, title: str, *, x_
     fig.update_layout(title=title, width=820, height=430, xaxis_title=x_title, yaxis_title=y_title, legend_title=by,
                       showlegend=by is not None)
     # On a logarithmic axis the values themselves are the ticks: they are few and chosen.
-    plain = {"type": "linear" if pd.api.types.is_numeric_dtype(frame[x]) else "category"}
-    fig.update_xaxes({"type": "log", "tickvals": sorted(set(frame[x]))} if log_x else plain)
+    fig.update_xaxes({"type": "log", "tickvals": sorted(set(frame[x]))} if log_x else {"type": "linear"})
+    if not pd.api.types.is_numeric_dtype(frame[x]):  # each name is written, and has room below the figure
+        fig.update_xaxes(type="category", dtick=1, tickangle=90, tickfont_size=10)
+        fig.update_layout(width=max(820, 190 + 13 * frame[x].nunique()), height=430 + 6 * frame[x].str.len().max())
     return fig.update_yaxes({"type": "log", "dtick": 1} if log_y else {"type": "linear"})
 
 
@@ -159,11 +161,12 @@ def facets(frame: pd.DataFrame, x: str, y: str, facet: str | None, title: str, *
     panels = list(frame.groupby(facet, sort=True)) if facet else [("", frame)]
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
+    named = not pd.api.types.is_numeric_dtype(frame[x])
     fig = make_subplots(rows=down, cols=across, shared_yaxes=True, shared_xaxes=True, horizontal_spacing=0.03,
-                        vertical_spacing=0.3 / down, x_title=x_title, y_title=y_title,
+                        vertical_spacing=0.3 / down, x_title=None if named else x_title, y_title=y_title,
                         subplot_titles=[f"{facet} = {value}" for value, _ in panels] if facet else None)
     order = {method: i for i, method in enumerate(frame.method.unique())}
-    mode = "lines+markers" if pd.api.types.is_numeric_dtype(frame[x]) else "markers"  # nothing lies between two names
+    mode = "markers" if named else "lines+markers"  # nothing lies between two names
     for at, (_, panel) in enumerate(panels):
         for method, part in panel.groupby("method", sort=False):
             i = order[method]
@@ -177,7 +180,9 @@ def facets(frame: pd.DataFrame, x: str, y: str, facet: str | None, title: str, *
                       legend={"title": "networks"})
     _common_titles(fig)
     values = sorted(set(frame[x]))
-    if log_x or (pd.api.types.is_numeric_dtype(frame[x]) and len(values) < 6):  # values that were chosen, not a range
+    if named:  # the title below the names, however long they are
+        fig.update_xaxes(title={"text": x_title, "font_size": 13}, row=down)
+    elif log_x or len(values) < 6:  # values that were chosen, not a range
         fig.update_xaxes(tickvals=values)
     return fig.update_xaxes(type="log") if log_x else fig
 

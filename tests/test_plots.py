@@ -97,6 +97,8 @@ def test_lines_draws_a_curve_per_group(by, names):
     # On a linear axis names are not drawn at all.
     fig = plots.lines(table, "run", "loss", None, "t", x_title="run", y_title="loss")
     assert fig.layout.xaxis.type == "category"
+    long = plots.lines(table.assign(run=table.run + "-layer" * 20), "run", "loss", None, "t", x_title="run", y_title="loss")
+    assert long.layout.xaxis.dtick == 1 and long.layout.height > fig.layout.height + 500
 
 
 def test_columns_are_the_vectors():
@@ -162,7 +164,10 @@ def test_matrix_writes_its_numbers_and_leaves_the_missing_empty():
     assert plots.matrix(values * float("nan"), "t", bar="b", diverging=True).data[0].zmin is None
 
 
-def test_facets_do_not_join_names():
+def test_facets_do_not_join_names_and_write_the_title_below_them():
     table = pd.DataFrame({"method": "m", "x": [1, 2, 4], "name": list("abc"), "y": [1.0, 2.0, 3.0], "spread": 0.1, "n": 5})
-    modes = [plots.facets(table, x, "y", None, "t", x_title="x", y_title="y").data[0].mode for x in ("x", "name")]
-    assert modes == ["lines+markers", "markers"]
+    numbers, names = [plots.facets(table, x, "y", None, "t", x_title="here", y_title="y") for x in ("x", "name")]
+    assert [f.data[0].mode for f in (numbers, names)] == ["lines+markers", "markers"]
+    # An axis moves its own title out of its labels' way; the one that panels share stays where it is.
+    assert (numbers.layout.xaxis.title.text, names.layout.xaxis.title.text) == (None, "here")
+    assert [[a.text for a in f.layout.annotations] for f in (numbers, names)] == [["here", "y"], ["y"]]
