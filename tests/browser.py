@@ -78,7 +78,8 @@ def run_all(page, seconds: float = 300) -> None:
     """Run all cells of the open notebook, which has no outputs yet, to the end."""
     # A busy machine answers late, and JupyterLab asks what to do about it (which kernel, try again).
     dialog = page.locator(".jp-Dialog")
-    page.add_locator_handler(dialog, lambda: dialog.locator(".jp-mod-accept").last.click())
+    # One answer may bring the next question: no_wait_after, or it would wait for the last to go before it answers that.
+    page.add_locator_handler(dialog, lambda: dialog.locator(".jp-mod-accept").last.click(), no_wait_after=True)
     page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
     while not page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text=re.compile(r"[\d*]")).count():
         # A page that is still busy loses the click.
