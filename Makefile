@@ -1,18 +1,15 @@
 # Every target works in a fresh clone: it makes .venv first, and installs nothing the second time.
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 .PHONY: quickstart test lab bench
 
 quickstart: .venv/installed  ## generate networks that classify handwritten digits, and look at them
 	$(BIN)/pdiff run 00_quickstart
 
-# A worker per core, of one thread: workers that share cores would wait for each other's threads. A file stays on one worker, with its fixtures or its kernel.
-test: export OMP_NUM_THREADS ?= 1
 test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval
-	$(BIN)/python -m pytest $(WORKERS)
-	$(BIN)/python -m pytest $(WORKERS) --nbval-lax --nbval-cell-timeout=600 notebooks
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout=600 notebooks
 
 lab: .venv/installed  ## explore in the browser
 	$(BIN)/jupyter lab --notebook-dir=notebooks
