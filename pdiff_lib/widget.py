@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pdiff_lib import runs
+from pdiff_lib import plots, runs
 
 WIDE = {"description_width": "initial"}
 WRAP = {"flex_flow": "row wrap", "align_items": "center"}
@@ -146,7 +146,7 @@ class Export(widgets.HBox):
         elif self.kind.value == "html":
             alone.write_html(path, include_plotlyjs="cdn")
         else:
-            alone.write_image(path)
+            plots.draw(alone, path)
         return path
 
     def _clicked(self, _button) -> None:
