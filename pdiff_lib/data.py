@@ -51,8 +51,16 @@ class Images:
     @cached_property
     def digest(self) -> str:
         """32 hex digits that change with any pixel, label, class name or the size (not with `name` and `source`)."""
+        return self._digest(self.x_train, self.y_train, self.x_test, self.y_test)
+
+    @cached_property
+    def training_digest(self) -> str:
+        """`digest`, whatever the test images are: of all that training sees."""
+        return self._digest(self.x_train, self.y_train)
+
+    def _digest(self, *tensors: Tensor) -> str:
         digest = hashlib.blake2b(json.dumps([self.size, self.classes]).encode(), digest_size=16)
-        for x in (self.x_train, self.y_train, self.x_test, self.y_test):
+        for x in tensors:
             digest.update(json.dumps([str(x.dtype), *x.shape]).encode())
             digest.update(x.contiguous().numpy())
         return digest.hexdigest()

@@ -137,7 +137,7 @@ class Experiment:
     @property
     def _start(self) -> dict[str, str]:
         """What training starts from; pretrained weights and the user's own count by content."""
-        return {"images": self.images.digest, "start": tensor_digest(self._initial.state_dict()), "device": self.device.type}
+        return {"images": self.images.training_digest, "start": tensor_digest(self._initial.state_dict()), "device": self.device.type}
 
     def training_path(self, moments: int = 6) -> zoo.TrainingPath:
         """See `zoo.training_path` (stage "training path")."""
@@ -148,7 +148,7 @@ class Experiment:
                                      device=self.device, progress=self.progress, **base)
             return {**path._asdict(), "epochs": torch.tensor(path.epochs, dtype=torch.float64)}
 
-        key = {**self._start, **base, "moments": moments, "names": self.subset.names}
+        key = {**self._start, **base, "moments": moments, "names": self.subset.names, "images": self.images.digest}
         stage = self.store.stage("training path", key, compute, code=(zoo.training_path, zoo.train, capture, evaluate, *STEP))
         return zoo.TrainingPath(stage["epochs"].tolist(), stage["theta"], stage["accuracy"])
 
@@ -179,7 +179,7 @@ class Experiment:
                             progress=self.progress, **own, **augmentation)
             return {"theta": z.theta, "losses": z.losses}
 
-        key = {"images": self.images.digest, "net": self.net_digest, "device": self.device.type, **own, **augmentation}
+        key = {"images": self.images.training_digest, "net": self.net_digest, "device": self.device.type, **own, **augmentation}
         stage = self.store.stage("zoo", key, compute, code=(zoo.collect, *STEP))
         return zoo.Zoo(stage["theta"], self.subset.names, self.subset.shapes, stage["losses"])
 

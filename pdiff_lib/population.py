@@ -68,7 +68,7 @@ def _stage(images: data.Images, base: recipe.Base, members: Sequence[int], k: in
     """Some networks of a population, kept."""
     nets = [create(images, base, i) for i in members]
     sub = subset.select(nets[0], "all")
-    key = {"images": images.digest, "start": tensor_digest(torch.stack([sub.flatten(net) for net in nets])),
+    key = {"images": images.training_digest, "start": tensor_digest(torch.stack([sub.flatten(net) for net in nets])),
            "members": [members[0], members[-1]], "device": device.type, **dataclasses.asdict(base)}
 
     def compute(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -199,16 +199,25 @@ def test_impossible_settings_are_refused(kwargs):
 
 
 def test_digest_changes_with_the_content_alone(tmp_path):
-    def digest(rows=ROWS, file="a", **kwargs):
-        return data.load(pair(tmp_path, rows, ROWS, name=file, names=kwargs.pop("names", None)), **kwargs).digest
+    def loaded(rows=ROWS, file="a", **kwargs):
+        return data.load(pair(tmp_path, rows, ROWS, name=file, names=kwargs.pop("names", None)), **kwargs)
 
+    def digest(*args, **kwargs):
+        images = loaded(*args, **kwargs)
+        assert images.training_digest != images.digest
+        trained_on.append(images.training_digest)
+        return images.digest
+
+    trained_on = []
     assert len(digest()) == 32
     pixel = picture(0)
     pixel[0, 0, 0] ^= 1
     others = [digest(size=12), digest(channels=1), digest(names=["a", "b", "c"]), digest(train_images=8),
               digest([(encode(pixel), 0), *ROWS[1:]]), digest([(ROWS[0][0], 1), *ROWS[1:]])]
-    assert len({digest(), *others}) == 7
+    assert len({digest(), *others}) == 7 == len(set(trained_on))
     assert digest() == digest(file="b")
+    fewer = loaded(test_images=8)
+    assert fewer.digest != loaded().digest and fewer.training_digest == loaded().training_digest
 
 
 def test_epoch_order_is_a_permutation_decided_by_seed_and_epoch():

@@ -163,6 +163,7 @@ def test_a_second_experiment_computes_nothing(done, folder, monkeypatch):
     "changes, stages",
     [
         ({"samples": 3}, {"generated", "predictions"}),
+        ({"test_images": 50}, {"predictions"}),
         ({"sampler": "ddim"}, {"generated", "predictions"}),
         ({"diffusion_steps": 4}, {"denoiser", "generated", "predictions"}),
         ({"ae_steps": 4}, {"autoencoder", "denoiser", "generated", "predictions"}),
