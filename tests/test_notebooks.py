@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -122,18 +123,27 @@ def test_every_notebook_has_recorded_numbers_with_a_tolerance_that_can_fail():
     }
 
 
+@pytest.fixture(scope="module")
+def made(request):
+    """The runs of all notebooks that are tested, two at a time and more on more cores, each on its share of them. Minutes when
+    nothing is kept yet; stages stay in runs/ and serve nbval too."""
+    wanted = [i.callspec.params["path"] for i in request.session.items if i.originalname == "test_a_run_gives_the_recorded_numbers"]
+    cores = os.cpu_count() or 1
+    at_once = min(cores, 4)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores // at_once)}
+    environment.pop("PDIFF_RUN_DIR", None)
+    command = [sys.executable, "-m", "pdiff_lib.cli", "run"]
+    # From both ends of the list: neighbours want the same stages, and would wait for each other.
+    order = [path for pair in zip(wanted, reversed(wanted)) for path in pair][:len(wanted)]
+    with ThreadPoolExecutor(at_once) as pool:
+        yield {path: pool.submit(subprocess.run, [*command, path.stem], cwd=HERE, env=environment, capture_output=True,
+                                 text=True, timeout=1200) for path in order}
+        pool.shutdown(cancel_futures=True)
+
+
 @every_notebook
-def test_a_run_gives_the_recorded_numbers(path):
-    """Minutes when nothing is kept yet; stages stay in runs/ and serve nbval too."""
-    environment = {k: v for k, v in os.environ.items() if k != "PDIFF_RUN_DIR"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pdiff_lib.cli", "run", path.stem],
-        cwd=HERE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+def test_a_run_gives_the_recorded_numbers(path, made):
+    done = made[path].result()
     assert done.returncode == 0, done.stderr[-3000:]
     executed = Path(re.search(r"complete: (\S.*?\.ipynb)", done.stdout)[1])
     record = json.loads((executed.parent / "record.json").read_text())
