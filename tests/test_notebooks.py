@@ -133,8 +133,8 @@ def made(request):
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores // at_once)}
     environment.pop("PDIFF_RUN_DIR", None)
     command = [sys.executable, "-m", "pdiff_lib.cli", "run"]
-    # From both ends of the list: neighbours want the same stages, and would wait for each other.
-    order = [path for pair in zip(wanted, reversed(wanted)) for path in pair][:len(wanted)]
+    # From the middle of the list, where the longest are, to its ends: neighbours want the same stages, and would wait for each other.
+    order = [path for pair in zip(wanted, reversed(wanted)) for path in pair][:len(wanted)][::-1]
     with ThreadPoolExecutor(at_once) as pool:
         yield {path: pool.submit(subprocess.run, [*command, path.stem], cwd=HERE, env=environment, capture_output=True,
                                  text=True, timeout=1200) for path in order}
