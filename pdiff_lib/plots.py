@@ -208,9 +208,11 @@ def frontier(frame: pd.DataFrame, edge: Sequence[str], title: str, *, x_title: s
                     name="frontier of the simple")
     for i, (group, part) in enumerate(frame.groupby("group", sort=False)):
         bars = {f"error_{a}": {"array": part[f"{a}_spread"], "thickness": 1, "width": 3} for a in "xy"}
-        fig.add_scatter(x=part.x, y=part.y, mode="markers+text", text=part.label, customdata=part.method, textposition="bottom center" if i % 2 else "top center", name=group, **bars,
-                        marker={**look(i), "size": 10}, textfont={"size": 10, "color": look(i)["color"]},
+        fig.add_scatter(x=part.x, y=part.y, mode="markers", customdata=part.method, name=group, **bars, marker={**look(i), "size": 10},
                         hovertemplate="%{customdata}<br>%{y:.3f}<br>similarity %{x:.3f}<extra></extra>")
+        for at in part[part.label != ""].itertuples():  # away from the points, which may lie on each other: each group in its direction
+            fig.add_annotation(x=at.x, y=at.y, text=at.label, ax=35 * (2 - i), ay=60 if i % 2 else -35, arrowhead=0, arrowwidth=1,
+                               arrowcolor=look(i)["color"], font={"size": 11, "color": look(i)["color"]})
     return fig.update_layout(title=title, width=1120, height=620, xaxis_title=x_title, yaxis_title=y_title,
                              legend={"orientation": "h", "y": -0.12})
 

@@ -182,7 +182,8 @@ def test_frontier_runs_along_its_edge_and_shows_every_method():
     fig = plots.frontier(points, ["a", "c"], "t", x_title="x", y_title="y")
     edge, simple, other = fig.data
     assert (list(edge.x), list(edge.y), edge.mode) == ([0.1, 0.3], [1.0, 2.0], "lines")
-    assert list(simple.customdata) == ["a", "b", "c"] and list(simple.text) == ["a", "", "c"] and list(other.y) == [3.0]
+    assert list(simple.customdata) == ["a", "b", "c"] and list(other.y) == [3.0]
+    assert [(note.text, note.x, note.y) for note in fig.layout.annotations] == [("a", 0.1, 1.0), ("c", 0.3, 2.0), ("d", 0.25, 3.0)]
     assert list(simple.error_y.array) == [0.1, 0.2, 0.3]
 
 
