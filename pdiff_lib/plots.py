@@ -265,7 +265,14 @@ def draw(fig: go.Figure, path: Path) -> None:
     Raises:
         ChromeNotFoundError: there is no browser to draw with. Other errors of `kaleido` when it does not start or draw.
     """
-    _browser()(fig, path)
+    kept = _browser.cache_info().currsize
+    try:
+        _browser()(fig, path)
+    except Exception:
+        _browser.cache_clear()
+        if not kept:
+            raise
+        _browser()(fig, path)  # the one that was kept may have died since the last figure
 
 
 @cache

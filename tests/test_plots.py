@@ -139,15 +139,18 @@ def test_pictures_are_drawn_by_one_browser_that_ends_with_the_process(tmp_path):
             plots.draw(go.Figure(), folder / "four.txt")
         except ValueError as e:
             print(repr(e))
+        psutil.Process().children()[0].kill()
+        plots.draw(go.Figure(), folder / "after-a-kill.svg")
     """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     *children, refused = done.stdout.splitlines()
     assert len(children) == 3 and len(set(children)) == 1 and "txt" in refused, done.stdout
-    assert not any(psutil.pid_exists(pid) for pid in json.loads(children[0]))
+    assert not psutil.pid_exists(*json.loads(children[0]))
     for name in ("one", "two"):
         picture = (tmp_path / f"{name}.svg").read_text()
         assert f"this is {name}.svg" in picture and 'width="400"' in picture
+    assert (tmp_path / "after-a-kill.svg").stat().st_size > 1000
     assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")
 
 
