@@ -211,7 +211,7 @@ def frontier(frame: pd.DataFrame, edge: Sequence[str], title: str, *, x_title: s
         fig.add_scatter(x=part.x, y=part.y, mode="markers", customdata=part.method, name=group, **bars, marker={**look(i), "size": 10},
                         hovertemplate="%{customdata}<br>%{y:.3f}<br>similarity %{x:.3f}<extra></extra>")
         for at in part[part.label != ""].itertuples():  # away from the points, which may lie on each other: each group in its direction
-            fig.add_annotation(x=at.x, y=at.y, text=at.label, ax=35 * (2 - i), ay=60 if i % 2 else -35, arrowhead=0, arrowwidth=1,
+            fig.add_annotation(x=at.x, y=at.y, text=at.label, ax=(-35, 35, 0)[i % 3], ay=60 if i % 2 else -35, arrowhead=0, arrowwidth=1,
                                arrowcolor=look(i)["color"], font={"size": 11, "color": look(i)["color"]})
     return fig.update_layout(title=title, width=1120, height=620, xaxis_title=x_title, yaxis_title=y_title,
                              legend={"orientation": "h", "y": -0.12})
