@@ -43,6 +43,7 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
             program = program.run_decompositions({})
             images, chosen, constants = _inputs(program, net, names)
     graph = program.graph
+    _plain_batch_norms(graph, _dependents(graph, chosen))
     _narrow_early(graph, _dependents(graph, chosen))
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     dependent = _dependents(graph, chosen)
@@ -115,6 +116,18 @@ def _dependents(graph: fx.Graph, sources: dict[fx.Node, str]) -> set[fx.Node]:
         if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
     return reached
+
+
+def _plain_batch_norms(graph: fx.Graph, dependent: set[fx.Node]) -> None:
+    """Batch norm in eval mode as the operation that it ends in on a CPU, with the same bits: on CUDA `batch_norm` picks cuDNN by
+    the layout of its input, which a vmap does not let it ask for."""
+    for node in [n for n in graph.nodes if n in dependent and n.target is aten.batch_norm.default and not n.args[5]]:
+        with graph.inserting_before(node):
+            parts = graph.call_function(aten.native_batch_norm.default, node.args[:8])
+            first = graph.call_function(operator.getitem, (parts, 0))
+            first.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(first)
+        graph.erase_node(node)
 
 
 # Operations that treat all entries along an axis of their first argument alike, unless it is one of the last so many
