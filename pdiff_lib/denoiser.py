@@ -129,8 +129,7 @@ def fit(z: Float[Tensor, "K L"], schedule: Schedule, settings: recipe.Diffusion,
     Returns:
         The denoiser in eval mode, and the loss of each step.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed_for(seed, "denoiser"))
+    with training.seeded(training.seed_for(seed, "denoiser")):
         net = create(settings, z.shape[1], schedule).to(z.device)
     error = net.loss if isinstance(net, ResidualMLP) else partial(noise_loss, net)
     generator = torch.Generator(z.device)
@@ -144,5 +143,5 @@ def fit(z: Float[Tensor, "K L"], schedule: Schedule, settings: recipe.Diffusion,
 
     optimizer = torch.optim.AdamW(net.parameters(), settings.diffusion_lr, weight_decay=settings.diffusion_weight_decay)
     losses = training.loop(loss_at, settings.diffusion_steps, {"denoiser": net.train()}, optimizer, checkpoint=checkpoint,
-                           desc="denoiser", progress=progress)
+                           desc="denoiser", progress=progress, tf32=True)
     return net.eval(), losses

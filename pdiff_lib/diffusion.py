@@ -6,7 +6,8 @@ schedule, and call `callback(remaining, x)` after each step with the diffusion s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import prod
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +18,7 @@ Denoiser = Callable[[Float[Tensor, "B L"], Int64[Tensor, "B"]], Float[Tensor, "B
 Callback = Callable[[int, Float[Tensor, "B L"]], None]
 
 REFERENCE_T = 1000  # the T for which the paper states its beta range
+NUMBERS_AT_ONCE = 1 << 24  # of noise that are drawn on the CPU and copied to a GPU together
 
 
 class Schedule:
@@ -49,10 +51,17 @@ class Schedule:
             raise ValueError(f"beta from {beta_1} to {beta_T} over T={T}: expected variances between 0 and 1")
         self.T = T
         self.alpha_bar = torch.cumprod(1 - self.beta, 0)
+        self._on: dict[torch.device, Float[Tensor, "T"]] = {}
+
+    def alpha_bar_on(self, device: torch.device) -> Float[Tensor, "T"]:
+        """`alpha_bar` on a device; copied there once."""
+        if device not in self._on:
+            self._on[device] = self.alpha_bar.to(device)
+        return self._on[device]
 
     def add_noise(self, z: Float[Tensor, "B L"], eps: Float[Tensor, "B L"], t: Int64[Tensor, "B"]) -> Float[Tensor, "B L"]:
         """x_t = sqrt(alpha_bar_t) z + sqrt(1 - alpha_bar_t) eps (Eq. 2)."""
-        bar = self.alpha_bar.to(z.device)[t].unsqueeze(1)
+        bar = self.alpha_bar_on(z.device)[t].unsqueeze(1)
         return bar.sqrt().to(z.dtype) * z + (1 - bar).sqrt().to(z.dtype) * eps
 
     def ladder(self, steps: int = 0) -> list[int]:
@@ -94,15 +103,16 @@ def ddim(denoise: Denoiser, x: Float[Tensor, "B L"], schedule: Schedule, *, step
         [B L], the clean end of the chain. Latents are unbounded: nothing is clipped.
     """
     ladder = schedule.ladder(steps)
-    bars = [float(schedule.alpha_bar[t]) for t in ladder] + [1.0]
+    bars = [*schedule.alpha_bar[ladder].tolist(), 1.0]
+    sigmas = [eta * ((1 - after) / (1 - bar) * (1 - bar / after)) ** 0.5 for bar, after in zip(bars, bars[1:])]
+    noise = _noise(x.shape, x.device, generator, sum(sigma > 0 for sigma in sigmas))
     for i, t in enumerate(tqdm(ladder, desc="sampling", disable=not progress, mininterval=1.0, leave=False)):
-        bar, bar_next = bars[i], bars[i + 1]
+        bar, bar_next, sigma = bars[i], bars[i + 1], sigmas[i]
         eps = denoise(x, torch.full((len(x),), t, device=x.device))
         z = (x - (1 - bar) ** 0.5 * eps) / bar**0.5
-        sigma = eta * ((1 - bar_next) / (1 - bar) * (1 - bar / bar_next)) ** 0.5
         x = bar_next**0.5 * z + max(1 - bar_next - sigma**2, 0.0) ** 0.5 * eps
         if sigma > 0:
-            x = x + sigma * randn(x.shape, x.device, generator)
+            x = x + sigma * next(noise)
         if callback is not None:
             callback(ladder[i + 1] + 1 if i + 1 < len(ladder) else 0, x)
     return x
@@ -119,13 +129,24 @@ class GaussianDenoiser:
 
     def __call__(self, x: Float[Tensor, "B L"], t: Int64[Tensor, "B"]) -> Float[Tensor, "B L"]:
         """E[eps | x_t], from the score of N(sqrt(alpha_bar) mean, alpha_bar std^2 + 1 - alpha_bar)."""
-        bar = self.schedule.alpha_bar.to(x.device)[t].unsqueeze(1).to(x.dtype)
+        bar = self.schedule.alpha_bar_on(x.device)[t].unsqueeze(1).to(x.dtype)
         return (1 - bar).sqrt() * (x - bar.sqrt() * self.mean) / (bar * self.variance + 1 - bar)
 
 
 def randn(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """N(0, 1), drawn where the generator lives: a CPU generator gives a CUDA run the numbers of a CPU run."""
     return torch.randn(shape, device=generator.device if generator else device, generator=generator).to(device)
+
+
+def _noise(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None, count: int) -> Iterator[Tensor]:
+    """`count` times `randn`, the same numbers; from a generator on another device many are copied at once, not one per step."""
+    if generator is None or generator.device.type == device.type:
+        yield from (randn(shape, device, generator) for _ in range(count))
+        return
+    many = max(1, NUMBERS_AT_ONCE // prod(shape))
+    for start in range(0, count, many):
+        drawn = [randn(shape, generator.device, generator) for _ in range(min(many, count - start))]
+        yield from torch.stack(drawn).to(device)
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}

@@ -108,8 +108,7 @@ class VAE:
         return self
 
     def _create(self, v: Float[Tensor, "K D"]) -> VariationalAutoencoder:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed_for(self.network.pdiff_seed, "vae"))
+        with training.seeded(training.seed_for(self.network.pdiff_seed, "vae")):
             return VariationalAutoencoder(v.shape[1], self.network.latent_dim, self.network.ae_channels).to(v.device)
 
     @property
