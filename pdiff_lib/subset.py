@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # float8 is not among them: it comes with scales
+Array = Tensor | np.ndarray  # what a vector may come as
+Vectors = Float32[Tensor, "K D"]
 
 
 @dataclass(frozen=True)
@@ -163,17 +169,51 @@ class Standardiser:
         return v * self.std + self.mean
 
 
-def check(theta: Tensor, numel: int | None = None, at_least: int = 1) -> None:
-    """Refuse what cannot be a set of parameter vectors.
+def vectors(theta: Any, numel: int | None = None, at_least: int = 1, device: torch.device | str | None = None) -> Vectors:
+    """The border for parameter vectors: what comes in, as the rest of the library has it.
+
+    Args:
+        theta: [K D] tensor or NumPy array of a real floating type, anywhere, with or without a gradient.
+        numel: D, when it is known.
+        at_least: how many vectors there must be.
+        device: where they are wanted; None: where they are.
+
+    Returns:
+        Detached float32 numbers in one block of memory; `theta` itself when it is that already.
 
     Raises:
-        ValueError: not [K D] with D = `numel`, fewer than `at_least` vectors, or NaN or infinity among the numbers.
+        ValueError: neither a tensor nor an array, numbers of another type, not [K D] with D = `numel`, fewer than `at_least`
+            vectors, or NaN or infinity among the numbers, as they are or as float32.
+
+    >>> vectors(torch.ones(2, 3, dtype=torch.float64, requires_grad=True)).dtype
+    torch.float32
     """
+    if not isinstance(theta, (Tensor, np.ndarray)) or isinstance(theta, np.ma.MaskedArray):
+        raise ValueError(f"theta is a {type(theta).__name__}: expected a tensor or a NumPy array [vectors, {numel or 'D'}]")
+    real = theta.dtype in FLOATS if isinstance(theta, Tensor) else np.issubdtype(theta.dtype, np.floating)
+    if not real or (isinstance(theta, Tensor) and (theta.layout != torch.strided or theta.is_meta)):
+        kind = f"{theta.dtype} ({theta.layout}, on {theta.device})" if isinstance(theta, Tensor) else theta.dtype
+        raise ValueError(f"theta holds numbers of type {kind}: expected dense floats of 16, 32 or 64 bits")
     if theta.ndim != 2 or (numel is not None and theta.shape[1] != numel):
-        raise ValueError(f"theta has shape {list(theta.shape)}: expected [vectors, {numel or 'D'}]")
+        single = "; a single vector is theta[None]" if theta.ndim == 1 else ""
+        raise ValueError(f"theta has shape {list(theta.shape)}: expected [vectors, {numel or 'D'}]{single}")
     if len(theta) < at_least:
         raise ValueError(f"theta holds {len(theta)} vectors: expected at least {at_least}")
+    given = theta
+    if isinstance(theta, np.ndarray):
+        with np.errstate(over="ignore"):  # said below, in words
+            theta = torch.from_numpy(theta.astype(np.float32, order="C"))  # a copy: any byte order, any strides, read-only
+    theta = (theta.detach() if theta.requires_grad else theta).to(device, torch.float32).contiguous()
+    if theta.is_inference() and not torch.is_inference_mode_enabled():
+        theta = theta.clone()  # such tensors can be neither changed nor trained on
     bad = ~torch.isfinite(theta).all(dim=1)
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise ValueError(f"theta holds NaN or infinity in {int(bad.sum())} of {len(theta)} vectors, first in vector {row}")
+        beyond = " (finite as given, but beyond the range of float32)" if bool((abs(given[row]) < torch.inf).all()) else ""
+        raise ValueError(f"theta holds NaN or infinity in {int(bad.sum())} of {len(theta)} vectors, first in vector {row}{beyond}")
+    return theta
+
+
+def check(theta: Any, numel: int | None = None, at_least: int = 1) -> None:
+    """Refuse what `vectors` refuses."""
+    vectors(theta, numel, at_least)
