@@ -8,20 +8,23 @@ memory is bounded by the batch and not by the number of vectors or images.
 
 from __future__ import annotations
 
-import copy
 import warnings
+import weakref
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Integer, Shaped
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pdiff_lib.capture import Split, split
-from pdiff_lib.subset import Subset, check
+from pdiff_lib import networks, training
+from pdiff_lib.capture import Split, fast_layout, split, whole
+from pdiff_lib.subset import Subset
+from pdiff_lib.subset import vectors as as_vectors
 
 VMAP_ON_CUDA = 16  # vectors per vmap on a GPU, where one vector's rest is too small to fill it
+KEPT_SHARE = 0.25  # of the free memory, for what the evaluators of this process keep between calls
+NO_CLASS = -1  # what scores that are not finite say
 
 
 class Evaluator:
@@ -29,8 +32,9 @@ class Evaluator:
     (0.2 to 1 s), and what is frozen is computed once, as long as it fits into `keep`.
 
     One vector alone is not worth a capture: it runs the whole network, unless a capture is there already. A network that
-    cannot be captured runs whole for every vector, with a warning that says why. The network works on a copy, in eval mode
-    and with its own running statistics; `net` itself is not touched, and later changes to it are not seen.
+    cannot be captured runs whole for every vector, with a warning that says why. Where a device's memory does not suffice, it
+    goes on with fewer vectors at once, then with fewer images. The network works on a copy, in eval mode and with its own
+    running statistics; `net` itself is not touched, and later changes to it are not seen.
 
     Args:
         net: the network; returns class scores [n, classes].
@@ -41,19 +45,25 @@ class Evaluator:
         vectors_at_once: vectors that share one vmap over the rest; None takes 1 (a loop) on the CPU and 16 on CUDA.
         device: where to compute; None takes that of the network's parameters.
         progress: show a progress bar over the batches.
-        keep: bytes on the device that frozen results may take between calls; 0 keeps none.
+        keep: bytes on the device that frozen results may take between calls, 0: none; None: what `KEPT_SHARE` leaves, for
+            which those of older evaluators are dropped.
+
+    Attributes:
+        classes: how many scores the network gives.
 
     Raises:
         ValueError: the arguments do not fit each other or the network.
     """
 
+    _keepers: list[weakref.ref[Evaluator]] = []  # of this process, the oldest first
+
     def __init__(self, net: nn.Module, sub: Subset, x: Shaped[Tensor, "N C H W"], *,
                  prepare: Callable[[Tensor], Tensor] | None = None, batch_size: int = 256,
                  vectors_at_once: int | None = None, device: torch.device | str | None = None, progress: bool = False,
-                 keep: int = 1 << 30):
+                 keep: int | None = None):
         device = torch.device(device) if device is not None else next(net.parameters()).device
         _check(net, sub, x, device, batch_size=batch_size, vectors_at_once=vectors_at_once)
-        self.net = copy.deepcopy(net).to(device).eval().requires_grad_(False)
+        self.net = networks.copied(net).to(device).eval().requires_grad_(False)
         self.sub, self.x, self.prepare, self.device, self.progress, self.keep = sub, x, prepare, device, progress, keep
         # Batches of one size, so that one capture serves them all; the last is filled up with images that are not counted.
         self.batch = -(-len(x) // -(-len(x) // batch_size))
@@ -61,7 +71,8 @@ class Evaluator:
         self.part: Split | None = None
         self.kept: dict[int, tuple[Tensor, ...]] = {}
         with torch.no_grad():
-            self.layout = _fast_layout(self.net, _try_one_image(self.net, x, lambda: self._images(0, 1)))
+            image, self.classes = _try_one_image(self.net, x, lambda: self._images(0, 1))
+            self.layout = fast_layout(self.net, image)
 
     def _images(self, start: int, size: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         batch = self.x[start:start + size]
@@ -75,13 +86,34 @@ class Evaluator:
             return self.kept[start]
         boundary = part.frozen(self._images(start, self.batch, self.layout))
         size = sum(t.nbytes for t in boundary) * -(-len(self.x) // self.batch)
-        if part.captured and size <= self.keep:
+        if part.captured and (self.kept or self._room(size)):
             self.kept[start] = boundary
         return boundary
 
+    def _room(self, size: int) -> bool:
+        """Whether this evaluator may keep so many bytes; older ones make room."""
+        if self.keep is not None:
+            return size <= self.keep
+        others = [e for e in (r() for r in Evaluator._keepers) if e is not None and e.kept and e.device == self.device]
+        held = sum(e.kept_bytes for e in others)
+        if size > (budget := KEPT_SHARE * (training.free_memory(self.device) + held)):
+            return False
+        for oldest in others:
+            if held + size > budget:
+                held -= oldest.kept_bytes
+                oldest.kept.clear()
+        Evaluator._keepers = [e for e in Evaluator._keepers if (e() or self) is not self] + [weakref.ref(self)]
+        return True
+
+    @property
+    def kept_bytes(self) -> int:
+        """What frozen results take between calls."""
+        return sum(t.nbytes for boundary in self.kept.values() for t in boundary)
+
     @torch.no_grad()
     def predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
-        """The class that each parameter vector gives to each image, on the CPU; the first of equal scores.
+        """The class that each parameter vector gives to each image, on the CPU; the first of equal scores. `NO_CLASS` where the
+        scores are not all finite, with a warning that counts them.
 
         Equal to running the whole network for every vector up to rounding: `split` alone is equal bit for bit where the
         same kernels run (not under vmap, nor for a matrix product over fewer tokens); the channels-last layout used here
@@ -90,17 +122,43 @@ class Evaluator:
         Raises:
             ValueError: vectors of another length, or with NaN or infinity.
         """
-        check(theta, self.sub.numel, at_least=1)
-        theta = theta.detach().to(self.device, self.net.get_parameter(self.sub.names[0]).dtype)
+        theta = as_vectors(theta, self.sub.numel, device=self.device).to(self.net.get_parameter(self.sub.names[0]).dtype)
+        with training.precision(self.device):
+            while True:
+                try:
+                    predictions = self._predict(theta)
+                    break
+                except torch.OutOfMemoryError:
+                    if not self._shrink():
+                        raise
+        if (bad := (predictions == NO_CLASS).sum(dim=1)).any():
+            warnings.warn(f"{int((bad > 0).sum())} of {len(theta)} networks give scores that are NaN or infinite, on {int(bad.sum())} of "
+                          f"{predictions.numel()} images in all (first: network {int(bad.nonzero()[0])}): counted as wrong")
+        return predictions
+
+    def _shrink(self) -> bool:
+        """Take less memory than before; False: there is nothing left to save."""
+        self.kept.clear()
+        if self.vectors_at_once == self.batch == 1:
+            return False
+        if self.vectors_at_once > 1:
+            self.vectors_at_once //= 2
+        else:
+            self.batch, self.part = self.batch // 2, None  # a capture holds for one size
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def _predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
         if self.part is None and len(theta) > 1:
-            self.part = _split_or_whole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
-        part = self.part or _whole(self.net)
+            self.part = _split_orwhole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
+        part = self.part or whole(self.net)
         chunks = theta.split(self.vectors_at_once if part.captured else 1)
         predictions = torch.empty(len(theta), len(self.x), dtype=torch.int64)
         for start in tqdm(range(0, len(self.x), self.batch), desc="evaluating", unit="batch", leave=False,
                           disable=not self.progress):
             boundary, n = self._boundary(start, part), min(self.batch, len(self.x) - start)
-            rows = [_scores(part, self.sub, chunk, boundary).argmax(-1) for chunk in chunks]
+            rows = [_classes(_scores(part, self.sub, chunk, boundary)) for chunk in chunks]
             predictions[:, start:start + n] = torch.cat(rows)[:, :n].cpu()
         return predictions
 
@@ -121,12 +179,12 @@ def predict(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[
 
     Source: how the paper evaluates generated networks (Section 3.1: 200 per experiment); the cut is ours.
     """
-    check(theta, sub.numel, at_least=1)
+    theta = as_vectors(theta, sub.numel)
     return Evaluator(net, sub, x, **{"keep": 0, **how}).predict(theta)
 
 
 def wrong(
-    net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"], y: Int[Tensor, "N"], **how
+    net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"], y: Integer[Tensor, "N"], **how
 ) -> Bool[Tensor, "M N"]:
     """Which images each parameter vector gets wrong: what accuracy and similarity are computed from.
 
@@ -136,13 +194,18 @@ def wrong(
         **how: the keywords of `predict`.
 
     Raises:
-        ValueError: not one label per image, or what `predict` refuses.
+        ValueError: not one label per image, labels that the network has no score for, or what `predict` refuses.
 
     Source: the wrong predictions of Eq. 7.
     """
-    if y.shape != x.shape[:1]:
-        raise ValueError(f"y has shape {list(y.shape)}: expected [{len(x)}], one label per image")
-    return predict(net, sub, theta, x, **how) != y.cpu()
+    if y.shape != x.shape[:1] or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"y has shape {list(y.shape)} ({y.dtype}): expected [{len(x)}], one class number per image")
+    theta, evaluator = as_vectors(theta, sub.numel), Evaluator(net, sub, x, **{"keep": 0, **how})
+    if outside := sorted({label for label in y.tolist() if not 0 <= label < evaluator.classes}):
+        shown = ", ".join(map(str, outside[:3])) + ", ..." * (len(outside) > 3)
+        raise ValueError(f"y holds {len(outside)} labels that {type(net).__name__} has no score for ({shown}): expected 0 to "
+                         f"{evaluator.classes - 1}")
+    return evaluator.predict(theta) != y.cpu()
 
 
 def accuracy(wrong: Bool[Tensor, "M N"]) -> Float[Tensor, "M"]:
@@ -185,18 +248,15 @@ def summary(wrong: Bool[Tensor, "M N"], seed: int = 0) -> dict[str, float | int]
             "best_selected_half": here[best].item(), "best_other_half": there[best].item()}
 
 
-def _split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
+def _split_orwhole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     try:
         return split(net, names, example)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # torch.export has no common base for what it cannot capture
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({reason})")
-        return _whole(net)
-
-
-def _whole(net: nn.Module) -> Split:
-    """The plain way: nothing is frozen. For one vector, which shares its work with no other, it is also the fastest."""
-    return Split(lambda x: (x,), partial(torch.func.functional_call, net), captured=False)
+        return whole(net)
 
 
 def _scores(part: Split, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...]) -> Tensor:
@@ -204,6 +264,10 @@ def _scores(part: Split, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...
     if len(theta) == 1:
         return part.rest(sub.unflatten(theta[0]), boundary)[None]
     return torch.func.vmap(lambda vector: part.rest(sub.unflatten(vector), boundary))(theta)
+
+
+def _classes(scores: Float[Tensor, "m n classes"]) -> Int64[Tensor, "m n"]:
+    return torch.where(torch.isfinite(scores).all(-1), scores.argmax(-1), NO_CLASS)
 
 
 def _check(net: nn.Module, sub: Subset, x: Tensor, device: torch.device, **at_least_1: int | None) -> None:
@@ -220,30 +284,18 @@ def _check(net: nn.Module, sub: Subset, x: Tensor, device: torch.device, **at_le
             raise ValueError(f"{name} of the subset has shape {shape}: {type(net).__name__} has {shapes.get(name)}")
 
 
-def _fast_layout(net: nn.Module, image: Tensor) -> torch.memory_format:
-    """Channels last, in which convolutions run 1.3 (ResNet-18) to 1.4 times (ResNet-50) as fast on a CPU, with the network
-    converted to it; unless the network insists on contiguous tensors (`view`)."""
-    if image.ndim != 4:
-        return torch.contiguous_format
-    net.to(memory_format=torch.channels_last)
-    try:
-        net(image.contiguous(memory_format=torch.channels_last))
-        return torch.channels_last
-    except RuntimeError:
-        net.to(memory_format=torch.contiguous_format)
-        return torch.contiguous_format
-
-
-def _try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor]) -> Tensor:
-    """Refuse a network and images that do not go together, before any long work; returns the image as the net takes it."""
+def _try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Refuse a network and images that do not go together; returns the image as the net takes it, and the number of classes."""
     shape = list(x.shape[1:])
     try:
         image = first()
         shape = list(image.shape[1:])
         scores = net(image)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
     got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     if not isinstance(got, list) or len(got) != 2:
         raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")
-    return image
+    return image, got[1]

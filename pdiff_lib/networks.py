@@ -1,5 +1,6 @@
 """Image classifiers by name: every timm model, the paper's five mini networks, the hyper-representations CNN."""
 
+import copy
 import difflib
 from pathlib import Path
 
@@ -226,6 +227,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"weights {str(path)!r} is not a safetensors file ({error}). Pickled files (.pt, .pth, .bin) "
                          "are never loaded, as they can run code: convert with safetensors.torch.save_file") from error
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """A deep copy, also of a network that holds tensors which it computed itself (`weight_norm`'s hooks leave one in each
+    layer): PyTorch refuses to copy these. The copy computes its own at its next forward pass."""
+    computed = [value for module in net.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(net, {id(value): value.detach().clone() for value in computed})
 
 
 def check(net: nn.Module, shape: tuple[int, int, int]) -> None:

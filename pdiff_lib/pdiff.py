@@ -36,7 +36,7 @@ class PDiff:
 
     Args:
         sizes: lengths of the tensors in a vector (`sub.sizes`), standardised one by one; None: the vector as one tensor.
-        device: to train and sample on; None: the device of the vectors given to `fit`.
+        device: to train and sample on, and where latents and samples are; None: CUDA when there is one.
         progress: show progress bars.
         settings: any of `recipe.Autoencoder`, `recipe.Diffusion`, `recipe.Sampling`, by name.
 
@@ -48,8 +48,7 @@ class PDiff:
 
     def __init__(self, sizes: Sequence[int] | None = None, device: str | torch.device | None = None,
                  progress: bool = True, **settings):
-        self.sizes, self.progress = sizes, progress
-        self.device = training.device_of(device) if device is not None else None
+        self.sizes, self.progress, self.device = sizes, progress, training.device_of(device)
         self.ae_settings, self.diffusion_settings, self.sampling = recipe.split(
             settings, recipe.Autoencoder, recipe.Diffusion, recipe.Sampling)
         d = self.diffusion_settings
@@ -90,9 +89,8 @@ class PDiff:
 
     def fit_autoencoder(self, theta: Float[Tensor, "K D"], store: Store | None = None) -> PDiff:
         """The first half of `fit`: enough for `encode` and `decode`. Arguments and errors as there."""
-        subset.check(theta, at_least=2)
-        device, settings = self.device or theta.device, self.ae_settings
-        theta = theta.to(device)
+        device, settings = self.device, self.ae_settings
+        theta = subset.vectors(theta, at_least=2, device=device)
         self.standardise = subset.Standardiser(theta, self.sizes, settings.centre)
         v = self.standardise(theta)
 
@@ -127,13 +125,16 @@ class PDiff:
 
     @torch.no_grad()
     def encode(self, theta: Float[Tensor, "M D"]) -> Float[Tensor, "M L"]:
-        """Latents of raw parameter vectors."""
-        return torch.cat([self.ae.encode(self.standardise(part)) for part in theta.split(CHUNK)])
+        """Latents of raw parameter vectors, which may lie on any device."""
+        theta = subset.vectors(theta, self.standardise.mean.numel(), device=self.device)
+        with training.precision(self.device):
+            return torch.cat([self.ae.encode(self.standardise(part)) for part in theta.split(CHUNK)])
 
     @torch.no_grad()
     def decode(self, z: Float[Tensor, "M L"]) -> Float[Tensor, "M D"]:
-        """Raw parameter vectors of latents."""
-        return torch.cat([self.standardise.inverse(self.ae.decode(part)) for part in z.split(CHUNK)])
+        """Raw parameter vectors of latents, which may lie on any device."""
+        with training.precision(self.device):
+            return torch.cat([self.standardise.inverse(self.ae.decode(part)) for part in z.to(self.device).split(CHUNK)])
 
     def sample_latents(self, n: int, generator: torch.Generator | None = None,
                        callback: diffusion.Callback | None = None) -> Float[Tensor, "n L"]:
@@ -146,9 +147,10 @@ class PDiff:
         if callback is not None:
             callback(self.schedule.T, x)
         kwargs = {"eta": self.sampling.eta} if self.sampling.sampler == "ddim" else {}
-        x = diffusion.SAMPLERS[self.sampling.sampler](
-            self.denoiser, x, self.schedule, steps=self.sampling.sampling_steps, generator=generator, callback=callback,
-            progress=self.progress, **kwargs)
+        with training.precision(self.device):
+            x = diffusion.SAMPLERS[self.sampling.sampler](
+                self.denoiser, x, self.schedule, steps=self.sampling.sampling_steps, generator=generator, callback=callback,
+                progress=self.progress, **kwargs)
         return x * self.z_std + self.z_mean
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
@@ -202,11 +204,10 @@ class PDiff:
             (in the diffusion's own units, where N(0, I) is where it starts), `loss_low_noise`, `loss_mid_noise`,
             `loss_high_noise` (Eq. 6 over the thirds of t; predicting nothing scores 1).
         """
-        theta = theta.to(self.z.device)
-        v = self.standardise(theta)
+        v = self.standardise(subset.vectors(theta, device=self.device))
         generated = (self.sample_latents(n, generator) - self.z_mean) / self.z_std
         t = torch.arange(self.schedule.T, device=v.device).repeat(-(-1000 // self.schedule.T))
-        z, losses = self.scaled[torch.arange(len(t), device=v.device) % len(self.scaled)], torch.full((len(t),), torch.nan)
+        z, losses = self.scaled[torch.arange(len(t), device=v.device) % len(self.scaled)], torch.full(t.shape, torch.nan, device=v.device)
         if self.denoiser is not None:
             losses = denoiser.noise_loss(self.denoiser, z, t, diffusion.randn(z.shape, z.device, generator), self.schedule)
         thirds = [losses[(t * 3 // self.schedule.T) == i] for i in range(3)]

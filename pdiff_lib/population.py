@@ -79,7 +79,7 @@ def _stage(images: data.Images, base: recipe.Base, members: Sequence[int], k: in
         return {"theta": torch.stack([sub.flatten(net) for net in nets]), "losses": last.mean(dim=1)}
 
     return store.stage("population", key, compute, code=(
-        create, member_seed, train, _gradients, _batch_of, zoo.steps_per_epoch, data.Images.augment, data._random_crop,
+        create, member_seed, train, _gradients, _batch_of, zoo.Feed, zoo.steps_per_epoch, data.Images.augment_many, data._random_crop,
         data.epoch_order, training))
 
 
@@ -148,17 +148,18 @@ def train(nets: Sequence[nn.Module], images: data.Images, seeds: Sequence[int], 
     per_epoch = zoo.steps_per_epoch(len(images.x_train), base.base_batch)
     curves = torch.zeros(per_epoch * base.base_epochs, len(nets), device=device)
     batch_of, gradients = _batch_of(images, seeds, base, device), _gradients(net, names)
-    parts = torch.arange(len(nets)).split(at_once or _at_once(net, device))
+    at_once = at_once or _at_once(net, device)
+    parts = [slice(first, min(first + at_once, len(nets))) for first in range(0, len(nets), at_once)]
 
     def loss_at(i: int) -> Tensor:
-        steps = [gradients([p.detach()[part] for p in stacks], *batch_of(i, part.tolist())) for part in parts]
+        steps = [gradients([p.detach()[part] for p in stacks], *batch_of(i, part)) for part in parts]
         curves[i] = torch.cat([values for _, values in steps])
         # Linear in the stacks, with the value and the gradient of the sum of losses: only one part's graph exists at a time.
         return curves[i].sum() + sum(((p - p.detach()) * torch.cat(g)).sum()
                                      for p, g in zip(stacks, zip(*(g for g, _ in steps))))
 
     training.loop(loss_at, len(curves), {"population": stacks}, optimizer, buffers={"curves": curves}, checkpoint=checkpoint,
-                  desc=desc or f"training {len(nets)} x {base.network}", progress=progress)
+                  desc=desc or f"training {len(nets)} x {base.network}", progress=progress, tf32=True)
     with torch.no_grad():
         for i, member in enumerate(nets):
             for p, stack in zip(member.eval().parameters(), stacks):
@@ -199,22 +200,19 @@ def _gradients(net: nn.Module, names: Sequence[str]):
 
 
 def _batch_of(images: data.Images, seeds: Sequence[int], base: recipe.Base, device: torch.device):
-    """(step, networks) -> their augmented images and labels, network by network those of `zoo.train` with its seed."""
-    x, y = images.x_train.to(device), images.y_train.to(device)
-    batch, per_epoch = min(base.base_batch, len(x)), zoo.steps_per_epoch(len(x), base.base_batch)
-    orders: dict[tuple[int, int], Tensor] = {}
+    """(step, slice of the networks) -> their augmented images and labels, network by network those of `zoo.train` with its seed."""
+    feed = zoo.Feed(images, device)
+    batch, per_epoch = min(base.base_batch, len(feed)), zoo.steps_per_epoch(len(feed), base.base_batch)
+    orders: dict[int, Tensor] = {}
 
-    def pick(i: int, k: int) -> Tensor:
+    def batch_of(i: int, part: slice) -> tuple[Tensor, Tensor]:
         epoch, at = divmod(i, per_epoch)
-        if (epoch, k) not in orders:
-            orders.pop((epoch - 1, k), None)
-            orders[epoch, k] = data.epoch_order(len(x), epoch, training.seed_for(seeds[k], "train")).to(device)
-        return orders[epoch, k][at * batch:(at + 1) * batch]
-
-    def batch_of(i: int, members: Sequence[int]) -> tuple[Tensor, Tensor]:
-        picks = [pick(i, k) for k in members]
-        inputs = [images.augment(x[p], training.seed_for(seeds[k], "train", i), base.flip, (base.crop_scale, 1.0))
-                  for k, p in zip(members, picks)]
-        return torch.stack(inputs), torch.stack([y[p] for p in picks])
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = torch.stack([data.epoch_order(len(feed), epoch, training.seed_for(seed, "train"))
+                                         for seed in seeds]).to(feed.where)
+        x, y = feed(orders[epoch][part, at * batch:(at + 1) * batch])
+        return images.augment_many(x, [training.seed_for(seed, "train", i) for seed in seeds[part]], base.flip,
+                                   (base.crop_scale, 1.0)), y
 
     return batch_of

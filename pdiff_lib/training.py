@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -45,6 +46,13 @@ def device_of(device: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for: torch.cuda.is_available() is False here")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device has left for this process."""
+    if device.type == "cuda":  # what PyTorch holds and does not use is free as well
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
 
 
 @contextmanager

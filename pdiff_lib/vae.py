@@ -53,7 +53,7 @@ class VAE:
 
     Args:
         sizes: lengths of the tensors in a vector, standardised one by one; None: the vector as one tensor.
-        device: to train and sample on; None: the device of the vectors given to `fit`.
+        device: to train and sample on, and where samples are; None: CUDA when there is one.
         progress: show progress bars.
         settings: any of `recipe.Autoencoder` (widths, latent size, batch, seed) and `recipe.Vae`, by name.
 
@@ -65,8 +65,7 @@ class VAE:
 
     def __init__(self, sizes: Sequence[int] | None = None, device: str | torch.device | None = None,
                  progress: bool = True, **settings):
-        self.sizes, self.progress = sizes, progress
-        self.device = training.device_of(device) if device is not None else None
+        self.sizes, self.progress, self.device = sizes, progress, training.device_of(device)
         self.network, self.settings = recipe.split(settings, recipe.Autoencoder, recipe.Vae)
 
     def fit(self, theta: Float[Tensor, "K D"], store: Store | None = None) -> VAE:
@@ -79,10 +78,10 @@ class VAE:
         Raises:
             ValueError: fewer than two vectors, not [K D], NaN, or `sizes` that do not add up to D.
         """
-        subset.check(theta, at_least=2)
-        device, own, vae = self.device or theta.device, self.network, self.settings
-        self.standardise = subset.Standardiser(theta.to(device), self.sizes, own.centre)
-        v = self.standardise(theta.to(device))
+        device, own, vae = self.device, self.network, self.settings
+        theta = subset.vectors(theta, at_least=2, device=device)
+        self.standardise = subset.Standardiser(theta, self.sizes, own.centre)
+        v = self.standardise(theta)
 
         def train(checkpoint: Checkpoint) -> dict[str, Tensor]:
             net, generator = self._create(v), torch.Generator(device)
@@ -132,7 +131,7 @@ class VAE:
 
         Source: active units as in Burda et al. 2016, "Importance Weighted Autoencoders", Section 5.
         """
-        v = self.standardise(theta.to(self.standardise.mean.device))
+        v = self.standardise(subset.vectors(theta, device=self.device))
         parts = [self.net.distribution(part) for part in v.split(CHUNK)]
         mean, log_var = (torch.cat(p) for p in zip(*parts))
         rebuilt = torch.cat([self.net.decode(part) for part in mean.split(CHUNK)])
@@ -156,5 +155,6 @@ class VAE:
         """
         if not hasattr(self, "net"):
             raise ValueError("this VAE has not seen any checkpoints: call fit(theta) first")
-        z = randn((n, self.network.latent_dim), self.standardise.mean.device, generator)
-        return torch.cat([self.standardise.inverse(self.net.decode(part)) for part in z.split(CHUNK)])
+        z = randn((n, self.network.latent_dim), self.device, generator)
+        with training.precision(self.device):
+            return torch.cat([self.standardise.inverse(self.net.decode(part)) for part in z.split(CHUNK)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from pdiff_lib import data, evaluate, networks, recipe, runs, subset, training
@@ -100,7 +99,7 @@ def train(net: nn.Module, images: data.Images, *, after: Callable[[int], None] |
     loss_at, per_epoch = _classification(net, images, base.base_batch, base, device, "train")
     losses = training.loop(loss_at, per_epoch * base.base_epochs, {"net": net.train()}, optimizer, after=after,
                            buffers=buffers, checkpoint=checkpoint, desc=f"training {base.network}",
-                           progress=progress)
+                           progress=progress, tf32=True)
     net.eval()
     return losses
 
@@ -128,7 +127,7 @@ def collect(net: nn.Module, sub: subset.Subset, images: data.Images, *, checkpoi
     device = training.device_of(device)
     sub.flatten(net)
     networks.check(net, (images.channels, images.size, images.size))
-    net = copy.deepcopy(net).to(device).train()
+    net = networks.copied(net).to(device).train()
     for name, p in net.named_parameters():
         p.requires_grad_(name in sub.names)
     chosen = [p for p in net.parameters() if p.requires_grad]
@@ -140,7 +139,7 @@ def collect(net: nn.Module, sub: subset.Subset, images: data.Images, *, checkpoi
         theta[i] = sub.flatten(net)
 
     losses = training.loop(loss_at, zoo.k_checkpoints, {"net": net}, optimizer, schedule="constant", after=keep,
-                           buffers={"theta": theta}, checkpoint=checkpoint, desc="collecting the zoo", progress=progress)
+                           buffers={"theta": theta}, checkpoint=checkpoint, desc="collecting the zoo", progress=progress, tf32=True)
     return Zoo(theta.cpu(), sub.names, sub.shapes, losses)
 
 
@@ -149,21 +148,49 @@ def steps_per_epoch(n: int, batch: int) -> int:
     return n // min(batch, n)
 
 
+class Feed:
+    """Training images and their labels by index: all on the device where they take at most half of its free memory, else in
+    pinned memory of the host, from which each batch is copied while the device works.
+
+    Attributes:
+        where: the device on which indices are expected.
+    """
+
+    def __init__(self, images: data.Images, device: torch.device):
+        self.device = self.where = device
+        self.x, self.y = images.x_train, images.y_train
+        if device.type == "cuda" and self.x.nbytes > training.free_memory(device) // 2:
+            self.where = torch.device("cpu")
+            self.x, self.y = self.x.pin_memory(), self.y.pin_memory()
+        else:
+            self.x, self.y = self.x.to(device), self.y.to(device)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __call__(self, pick: Int64[Tensor, "*shape"]) -> tuple[Shaped[Tensor, "*shape C H W"], Int64[Tensor, "*shape"]]:
+        """Images and labels, on the device."""
+        x, y = self.x[pick], self.y[pick]
+        if self.where == self.device:
+            return x, y
+        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))
+
+
 def _classification(net: nn.Module, images: data.Images, batch: int, base: recipe.Base, device: torch.device, stream: str):
     """The loss of step i on augmented training images, and the steps in an epoch."""
-    x, y = images.x_train.to(device), images.y_train.to(device)
-    batch = min(batch, len(x))
-    per_epoch = steps_per_epoch(len(x), batch)
+    feed = Feed(images, device)
+    batch = min(batch, len(feed))
+    per_epoch = steps_per_epoch(len(feed), batch)
     order: dict[int, Tensor] = {}
 
     def loss_at(i: int) -> Tensor:
         epoch, at = divmod(i, per_epoch)
         if epoch not in order:
             order.clear()
-            order[epoch] = data.epoch_order(len(x), epoch, training.seed_for(base.seed, stream)).to(device)
-        pick = order[epoch][at * batch : (at + 1) * batch]
+            order[epoch] = data.epoch_order(len(feed), epoch, training.seed_for(base.seed, stream)).to(feed.where)
+        x, y = feed(order[epoch][at * batch : (at + 1) * batch])
         seed = training.seed_for(base.seed, stream, i)
-        return F.cross_entropy(net(images.augment(x[pick], seed, base.flip, (base.crop_scale, 1.0))), y[pick])
+        return F.cross_entropy(net(images.augment(x, seed, base.flip, (base.crop_scale, 1.0))), y)
 
     return loss_at, per_epoch
 
@@ -201,4 +228,4 @@ def training_path(net: nn.Module, images: data.Images, sub: subset.Subset, momen
     look(-1)
     train(net, images, after=look, buffers={"theta": theta, "accuracy": accuracy}, checkpoint=checkpoint, device=device,
           progress=progress, **settings)
-    return TrainingPath([s / per_epoch for s in steps], theta, accuracy)
+    return TrainingPath([s / per_epoch for s in steps], theta.cpu(), accuracy.cpu())

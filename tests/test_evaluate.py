@@ -287,7 +287,7 @@ def test_errors_before_any_work(monkeypatch, unchecked):
     ]:
         with pytest.raises(ValueError, match=message):
             predict(net, sub, *arguments, **how)
-    with pytest.raises(ValueError, match=r"y has shape \[2\]: expected \[3\]"):
+    with pytest.raises(ValueError, match=r"y has shape \[2\] \(torch.int64\): expected \[3\]"):
         evaluate.wrong(net, sub, theta, x, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"4.weight of the subset has shape \(8,\): Sequential has None"):
         predict(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), sub, theta, x)
@@ -338,3 +338,174 @@ def test_an_evaluator_runs_the_frozen_part_once(monkeypatch):
 
     net.get_parameter(sub.names[0]).data.zero_()
     assert torch.equal(evaluator.predict(theta), expected)  # of the network as it was
+
+
+def spoilt(net, sub, value, count=4):
+    """Vectors of which the second and the fourth give scores that are not finite, though they are finite themselves."""
+    theta = vectors(net, sub, count)
+    theta[1], theta[3] = value * theta[1].sign(), value * theta[3].sign()
+    return theta
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("whole", [False, True])
+def test_scores_that_are_not_finite_are_no_class_and_wrong(monkeypatch, at_once, whole):
+    net = mini()
+    sub = subset.select(net, "all")
+    theta, x = spoilt(net, sub, 1e30), images(5, 8)
+    if whole:
+        monkeypatch.setattr(evaluate, "split", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match=r"2 of 4 networks give scores that are NaN or infinite, on 10 of 20 images.*network 1\)"):
+        got = evaluate.predict(net, sub, theta, x, vectors_at_once=at_once)
+    good = plain(net, sub, theta[[0, 2]], x)
+    assert torch.equal(got[[0, 2]], good.argmax(-1)) and (got[[1, 3]] == evaluate.NO_CLASS).all()
+    with pytest.warns(UserWarning, match="counted as wrong"):
+        wrong = evaluate.wrong(net, sub, theta, x, torch.zeros(5, dtype=torch.uint8), vectors_at_once=at_once)
+    assert wrong[[1, 3]].all() and torch.equal(wrong[0], good[0].argmax(-1) != 0)
+
+
+def test_one_score_that_is_not_finite_spoils_its_image_alone():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    sub = subset.select(net, "1.bias")
+    x = images(4, 2)
+    x[2, 0, 0, 0] = float("inf")
+    with pytest.warns(UserWarning, match="1 of 1 networks.*on 1 of 4"):
+        got = evaluate.predict(net, sub, torch.zeros(1, 3), x)[0]
+    expected = plain(net, sub, torch.zeros(1, 3), x)[0].argmax(-1)
+    expected[2] = evaluate.NO_CLASS
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("label", [-100, 5, 255])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_labels_without_a_score_are_named(label, dtype, unchecked):
+    net = mini()
+    sub = subset.select(net, "all")
+    theta, x, y = vectors(net, sub), images(6, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    assert torch.equal(evaluate.wrong(net, sub, theta, x, y.to(dtype)), evaluate.wrong(net, sub, theta, x, y))
+    y[1] = label
+    if label >= 0 or dtype != torch.uint8:
+        with pytest.raises(ValueError, match=rf"y holds 1 labels that Sequential has no score for \({label}\): expected 0 to 4"):
+            evaluate.wrong(net, sub, theta, x, y.to(dtype))
+    with pytest.raises(ValueError, match="torch.float32.*one class number per image"):
+        evaluate.wrong(net, sub, theta, x, y.float())
+
+
+@pytest.mark.parametrize("convert", [lambda t: t.double(), lambda t: t.half().float().half(), lambda t: t.bfloat16(),
+                                     lambda t: t.clone().requires_grad_(), lambda t: t.numpy(),
+                                     lambda t: t.double().numpy()], ids=["float64", "fp16", "bf16", "grad", "NumPy", "NumPy64"])
+def test_vectors_of_any_kind_are_taken_as_float32(convert, unchecked):
+    net = mini()
+    sub = subset.select(net, "last_norms:1")
+    theta, x = vectors(net, sub), images(5, 8)
+    given = convert(theta)
+    expected = plain(net, sub, torch.as_tensor(given).detach().float(), x).argmax(-1)
+    assert torch.equal(evaluate.predict(net, sub, given, x), expected)
+    with pytest.raises(ValueError, match="int64"):
+        evaluate.predict(net, sub, (10 * theta).long(), x)
+
+
+def hungry(monkeypatch, limit: int) -> list[tuple[int, int]]:
+    """A device whose memory holds `limit` vectors times images; returns what was tried."""
+    tried, real = [], evaluate._scores
+
+    def scores(part, sub, theta, boundary):
+        tried.append((len(theta), len(boundary[0])))
+        if len(theta) * len(boundary[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(part, sub, theta, boundary)
+
+    monkeypatch.setattr(evaluate, "_scores", scores)
+    return tried
+
+
+def test_without_memory_it_goes_on_with_less(monkeypatch):
+    net = mini()
+    sub = subset.select(net, "last_norms:1")
+    theta, x = vectors(net, sub, 8), images(8, 8)
+    expected = plain(net, sub, theta, x).argmax(-1)
+    tried = hungry(monkeypatch, 16)
+    evaluator = evaluate.Evaluator(net, sub, x, vectors_at_once=8)
+    assert torch.equal(evaluator.predict(theta), expected)
+    assert tried[:3] == [(8, 8), (4, 8), (2, 8)] and (evaluator.vectors_at_once, evaluator.batch) == (2, 8)
+
+    hungry(monkeypatch, 2)
+    assert torch.equal(evaluate.predict(net, sub, theta, x, vectors_at_once=8), expected)
+    hungry(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):  # not "does not take images"
+        evaluate.predict(net, sub, theta, x)
+
+
+@pytest.mark.parametrize("where", ["forward", "capture"])
+def test_out_of_memory_is_no_fault_of_the_network(monkeypatch, where):
+    net = mini()
+    sub = subset.select(net, "all")
+    theta, x = vectors(net, sub), images(3, 8)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if where == "forward":
+        monkeypatch.setattr(net[0], "forward", full)
+    else:
+        monkeypatch.setattr(evaluate, "split", full)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nor "cannot be captured"
+        with pytest.raises(torch.OutOfMemoryError):
+            evaluate.predict(net, sub, theta, x, batch_size=1)
+
+
+def test_what_is_kept_has_one_budget_per_process(monkeypatch):
+    net = mini()
+    sub = subset.select(net, "last_norms:1")
+    theta, x = vectors(net, sub), images(7, 8)
+    evaluate.Evaluator._keepers.clear()
+    evaluators = [evaluate.Evaluator(net, sub, x, batch_size=4) for _ in range(3)]
+    evaluators[0].predict(theta)
+    size = evaluators[0].kept_bytes
+    assert size > 0
+    free = {"bytes": 10 * size}
+    monkeypatch.setattr(evaluate.training, "free_memory", lambda device: free["bytes"])
+    monkeypatch.setattr(evaluate, "KEPT_SHARE", 0.25)  # (10 + 1) / 4: two of them
+    evaluators[1].predict(theta)
+    assert [bool(e.kept) for e in evaluators] == [True, True, False]
+    free["bytes"] = 6 * size  # (6 + 2) / 4: two
+    evaluators[2].predict(theta)
+    assert [bool(e.kept) for e in evaluators] == [False, True, True]
+    del evaluators[1]  # memory that went with its evaluator counts no more
+    free["bytes"] = 2 * size
+    evaluators[0].predict(theta)
+    assert [bool(e.kept) for e in evaluators] == [False, True] and evaluators[1].kept_bytes == size
+
+
+class FiveAxes(nn.Module):
+    """A parameter of five axes, which knows no channels-last layout of four (timm's lambda networks have some)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.taps, self.head = nn.Conv2d(3, 4, 3), nn.Parameter(torch.randn(4, 4, 1, 3, 3)), nn.Linear(4, 5)
+
+    def forward(self, x):
+        h = nn.functional.conv3d(self.conv(x)[:, :, None], self.taps)
+        return self.head(h.mean((2, 3, 4)))
+
+
+def weight_normed(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(kind(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    net(images(2, 8))
+    return net.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*cannot be captured")
+@pytest.mark.parametrize("make", [FiveAxes, lambda: weight_normed(torch.nn.utils.weight_norm),
+                                  lambda: weight_normed(torch.nn.utils.parametrizations.weight_norm),
+                                  lambda: weight_normed(torch.nn.utils.parametrizations.spectral_norm)])
+def test_unusual_networks_are_evaluated_like_any_other(make):
+    net = make().eval()
+    sub = subset.select(net, "all")
+    theta, x = vectors(net, sub), images(5, 8)
+    expected = plain(net, sub, theta, x).argmax(-1)
+    assert torch.equal(evaluate.predict(net, sub, theta, x), expected)
+    assert torch.equal(evaluate.predict(net, sub, theta[:1], x), expected[:1])
