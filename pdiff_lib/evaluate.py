@@ -296,6 +296,6 @@ def _try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor]) -> tu
     except Exception as error:
         raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
     got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if not isinstance(got, list) or len(got) != 2:
+    if isinstance(got, str) or len(got) != 2:
         raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")
     return image, got[1]

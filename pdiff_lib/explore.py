@@ -18,7 +18,7 @@ from jaxtyping import Float
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from pdiff_lib import palette, plots
+from pdiff_lib import evaluate, palette, plots
 from pdiff_lib.experiment import ORIGINAL, Experiment
 from pdiff_lib.explore_denoising import Denoising
 from pdiff_lib.explore_sweep import Sweep, settings
@@ -212,13 +212,15 @@ class Scatter(widgets.VBox):
         (theta, predicted), (nearest, expected) = self._behind(network), self._behind(original)
         self._panels = {name: theta, f"nearest {other}": nearest, "difference": theta - nearest}
         classes = e.images.num_classes
-        pairs = expected.long() * classes + predicted.long()
+        known = (expected != evaluate.NO_CLASS) & (predicted != evaluate.NO_CLASS)
+        pairs = expected[known].long() * classes + predicted[known].long()
         self._counts = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
-        differ = int((expected != predicted).sum())
+        differ, without = int((expected != predicted).sum()), int((~known).sum())
         show(self.heatmaps, plots.heatmaps(e.subset, self._panels, f"Parameters<br><sup>{e.title}</sup>", ["difference"])
              .update_layout(width=690, height=430, margin={"r": 160, "l": 40, "t": 95}))
         show(self.confusion, plots.confusion(
-            self._counts, f"Predicted classes: {differ} of {len(predicted):,} images differ<br><sup>{e.title}</sup>",
+            self._counts, f"Predicted classes: {differ} of {len(predicted):,} images differ"
+            f"{f', {without} have no class (scores that are not finite)' if without else ''}<br><sup>{e.title}</sup>",
             x_title=name, y_title=other).update_layout(width=430, height=430, margin={"t": 95}, title_y=0.96))
         for figure in (self.points, self.map):
             with figure.batch_update():

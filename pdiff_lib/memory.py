@@ -74,7 +74,7 @@ class Step:
         passes: the batch is cut into this many forward and backward passes, whose gradients add up.
         recompute: keep only what enters each convolution block, and compute the rest again in the backward pass
             (activation checkpointing; autoencoder only).
-        bf16: autocast, as on CUDA.
+        bf16: autocast, as the authors train both (here only the denoiser is, on CUDA).
 
     Raises:
         ValueError: an unknown part, a size below 1, passes that do not divide the batch into at least 2 each,
@@ -130,12 +130,12 @@ class Step:
             Its peaks; on CUDA both are `torch.cuda.max_memory_allocated`.
 
         Raises:
-            ValueError: CUDA without bf16 (the losses use autocast there).
+            ValueError: the denoiser on CUDA without bf16.
             MemoryError: the system ended the process.
         """
         device = training.device_of(device)
-        if device.type == "cuda" and not self.bf16:
-            raise ValueError("bf16 is False: expected True on CUDA, where p-diff trains under autocast")
+        if device.type == "cuda" and self.part == "denoiser" and not self.bf16:
+            raise ValueError("bf16 is False: expected True on CUDA, where the denoiser trains under autocast")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             try:
                 return pool.submit(meter.run, self, device, torch.get_num_threads()).result()

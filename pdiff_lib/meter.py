@@ -95,9 +95,9 @@ def prepared(step: Any, device: torch.device) -> tuple[nn.Module, Callable[[], N
             net, batch = denoiser.Denoiser(step.latent_dim, step.channels), torch.randn(step.batch, step.latent_dim)
     if step.recompute:
         net.encoder, net.decoder = (_grouped(layers, len(step.channels)) for layers in (net.encoder, net.decoder))
-    if step.bf16 and device.type == "cpu":  # on CUDA the losses do it
+    if step.bf16:
         for name in ("encode", "decode") if step.part == "autoencoder" else ("forward",):
-            setattr(net, name, torch.autocast("cpu", torch.bfloat16)(getattr(net, name)))
+            setattr(net, name, torch.autocast(device.type, torch.bfloat16)(getattr(net, name)))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5)
 
     def loss_of(x: Tensor) -> Tensor:
@@ -136,6 +136,7 @@ def run(step: Any, device: torch.device, threads: int) -> Ran:
         _, train = prepared(step, device)
         train()
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()  # the clock starts when nothing is left to do
     before, start = _status("VmRSS"), time.perf_counter()
     if device.type == "cuda":
         train()

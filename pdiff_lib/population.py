@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
-from pdiff_lib import data, networks, recipe, subset, training, zoo
+from pdiff_lib import capture, data, networks, recipe, subset, training, zoo
 from pdiff_lib.runs import Checkpoint, Store, tensor_digest
 
 CHUNK = 50  # networks per stage: what is stacked together, and what a kill between two stages does not lose
@@ -119,7 +119,8 @@ def train(nets: Sequence[nn.Module], images: data.Images, seeds: Sequence[int], 
         nets: the networks, each with its initial weights.
         images: to train on.
         seeds: of each network's batches and augmentation.
-        at_once: networks that share one vmap; None: what is fastest (`_at_once`). Memory for activations depends on it.
+        at_once: networks that share one vmap; None: what is fastest (`_at_once`). Memory for activations depends on it: where it
+            does not suffice, half as many are taken.
         checkpoint: where the state of an unfinished training is kept.
         device: to train on; None: CUDA when there is one. The networks themselves stay where they are.
         progress: show a bar.
@@ -147,12 +148,21 @@ def train(nets: Sequence[nn.Module], images: data.Images, seeds: Sequence[int], 
         stacks.parameters(), lr=base.base_lr, weight_decay=base.base_weight_decay)
     per_epoch = zoo.steps_per_epoch(len(images.x_train), base.base_batch)
     curves = torch.zeros(per_epoch * base.base_epochs, len(nets), device=device)
-    batch_of, gradients = _batch_of(images, seeds, base, device), _gradients(net, names)
+    batch_of = _batch_of(images, seeds, base, device)
+    gradients = _gradients(net, names, torch.zeros(1, images.channels, images.size, images.size, device=device))
     at_once = at_once or _at_once(net, device)
-    parts = [slice(first, min(first + at_once, len(nets))) for first in range(0, len(nets), at_once)]
+    parts = _parts(len(nets), at_once)
 
     def loss_at(i: int) -> Tensor:
-        steps = [gradients([p.detach()[part] for p in stacks], *batch_of(i, part)) for part in parts]
+        nonlocal at_once, parts
+        try:
+            steps = [gradients([p.detach()[part] for p in stacks], *batch_of(i, part)) for part in parts]
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            at_once //= 2
+            parts = _parts(len(nets), at_once)
+            return loss_at(i)
         curves[i] = torch.cat([values for _, values in steps])
         # Linear in the stacks, with the value and the gradient of the sum of losses: only one part's graph exists at a time.
         return curves[i].sum() + sum(((p - p.detach()) * torch.cat(g)).sum()
@@ -167,6 +177,10 @@ def train(nets: Sequence[nn.Module], images: data.Images, seeds: Sequence[int], 
     return curves.T.cpu()
 
 
+def _parts(networks: int, at_once: int) -> list[slice]:
+    return [slice(first, min(first + at_once, networks)) for first in range(0, networks, at_once)]
+
+
 def _at_once(net: nn.Module, device: torch.device) -> int:
     """Networks per vmap. On a CPU a vmap over convolutions is a slow grouped convolution (0.3 to 0.8 times as fast as one
     network after the other), while one over matrix products of small batches is 1.3 to 1.4 times as fast:
@@ -178,8 +192,8 @@ def _has(net: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) for module in net.modules())
 
 
-def _gradients(net: nn.Module, names: Sequence[str]):
-    """(stacked tensors, x [m B C s s], y [m B]) -> (gradients, losses [m]) of m networks."""
+def _gradients(net: nn.Module, names: Sequence[str], image: Tensor):
+    """(stacked tensors, x [m B C s s], y [m B]) -> (gradients, losses [m]) of m networks that take such an image."""
 
     def loss(tensors, x, y):
         return F.cross_entropy(functional_call(net, dict(zip(names, tensors)), (x,)), y)
@@ -187,7 +201,10 @@ def _gradients(net: nn.Module, names: Sequence[str]):
     one = grad_and_value(loss)
     # Pooling and convolutions of one network run faster on a CPU with channels last; layer norms over whole
     # feature maps undo that. A vmap has a layout of its own.
-    last = _has(net, nn.Conv2d) and not _has(net, nn.LayerNorm) and next(net.parameters()).device.type == "cpu"
+    last = _has(net, nn.Conv2d) and not _has(net, nn.LayerNorm) and image.device.type == "cpu"
+    if last:
+        with torch.no_grad():  # in eval mode: one image alone is no batch for a batch norm
+            last = capture.fast_layout(copy.deepcopy(net).eval(), image) == torch.channels_last
 
     def gradients(tensors, x, y):
         if len(x) > 1:

@@ -103,8 +103,71 @@ def test_nothing_is_kept_before_it_is_due(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_named(value):
     setting = Setting()
-    with pytest.raises(FloatingPointError, match=rf"^my net: the loss is {value} at step 4 of {STEPS}.*0\.05"):
+    with pytest.raises(FloatingPointError, match=rf"^my net: the loss is {value} at step 4 of {STEPS}.*lower learning rate than 0\.05"):
         setting.loop(loss_at=lambda i: setting.loss_at(i) * (value if i >= 4 else 1), desc="my net")
+    setting = Setting()
+    with pytest.raises(FloatingPointError, match=rf"the loss is {value} at step 0 .*the starting weights or the inputs hold NaN") as e:
+        setting.loop(loss_at=lambda i: setting.loss_at(i) * value)
+    assert "learning rate" not in str(e.value)
+
+
+def test_a_loss_that_is_not_finite_is_noticed_while_it_trains(monkeypatch):
+    setting, clock = Setting(), iter(range(0, 1000))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock) / 2)  # half a second from look to look
+    with pytest.raises(FloatingPointError, match="at step 4 of"):
+        setting.loop(loss_at=lambda i: setting.loss_at(i) * (float("nan") if i == 4 else 1))
+    assert max(setting.steps) < 9  # not after the last step
+
+
+def test_no_checkpoint_holds_a_state_that_is_not_finite(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(runs.Checkpoint, "due", lambda self: True)
+    setting, checkpoint = Setting(), runs.Checkpoint(tmp_path / "partial")
+    with pytest.raises(FloatingPointError):
+        setting.loop(checkpoint, lambda i: setting.loss_at(i) * (float("nan") if i >= 4 else 1))
+    state = checkpoint.load()
+    assert int(state["step"]) == 4 and all(torch.isfinite(v).all() for v in state.values())
+
+
+@pytest.mark.parametrize("spoilt", ["weight", "running_var"])
+def test_a_trained_number_that_is_not_finite_is_named_at_the_end(spoilt):
+    setting = Setting()
+
+    def spoil(i):  # as a last step of optimization can, after the last loss
+        if i == STEPS - 1:
+            getattr(setting.net[1], spoilt).data[2] = float("inf")
+
+    with pytest.raises(FloatingPointError, match=rf"1 tensors hold NaN or infinity after the last step, first net\.1\.{spoilt}"):
+        training.loop(setting.loss_at, STEPS, {"net": setting.net}, setting.optimizer, after=spoil, progress=False)
+
+
+def test_seeding_is_for_the_inside_alone_and_for_the_cpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every GPU was seeded"))
+    torch.default_generator.manual_seed(5)
+    first = torch.rand(3)
+    torch.default_generator.manual_seed(5)
+    with training.seeded(1):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), first)
+    torch.default_generator.manual_seed(1)
+    assert torch.equal(inside, torch.rand(3))
+
+
+def flags() -> tuple:
+    return (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled())
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_precision_on_cuda_is_set_and_put_back(tf32):
+    before = flags()
+    with training.precision(torch.device("cpu"), tf32):
+        assert flags() == before
+    with pytest.raises(KeyError):
+        with training.precision(torch.device("cuda"), tf32):
+            assert flags() == (tf32, tf32, True, False, True)
+            raise KeyError
+    assert flags() == before and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def test_device_of():
