@@ -1,33 +1,24 @@
 """Where images come from: scikit-learn, torchvision, Parquet files, folders; found, checked and decoded, uint8."""
 
 import difflib
-import io
-import json
+import itertools
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import torchvision
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-
-class Split(NamedTuple):
-    """One split before any image is decoded."""
-
-    labels: np.ndarray  # int64 [N]
-    image: Callable[[int], Tensor]  # row -> uint8 [C h w]
-    classes: tuple[str, ...]  # () where the source names none
+from pdiff_lib import files
+from pdiff_lib.decode import MOST_PIXELS, upright
+from pdiff_lib.files import Split
 
 
 class Known(NamedTuple):
@@ -81,26 +72,27 @@ def find(name: str, size: int | None, root: Path, download: bool) -> tuple[str, 
     if name == "digits":
         return "scikit-learn digits", _digits(), channels
     if known and any(map(os.path.exists, stored)):
-        return _parquets(stored), [_parquet(file) for file in stored], channels
+        return _parquets(stored), [files.parquet(file) for file in stored], channels
     if known:
         return f"torchvision {known.cls}", _download(name, size, root, download), channels
     if name.endswith(".parquet"):
-        files = [part.strip() for part in name.split(",")]
-        if len(files) != 2:
+        both = re.split(r"(?<=\.parquet)\s*,\s*", name.strip())  # names of folders may hold commas
+        if len(both) != 2:
             raise ValueError(f"data {name!r}: expected two Parquet files, TRAIN.parquet,TEST.parquet")
-        return _parquets(files), [_parquet(file) for file in files], channels
+        return _parquets(both), [files.parquet(file) for file in both], channels
     if name and Path(name).is_dir():
-        folder = Path(name)
-        return f"folder {folder.resolve().name}", [_folder(folder, "train"), _folder(folder, "test", "val")], channels
+        place = Path(name)
+        splits = [files.folder(place, "train"), files.folder(place, "test", "val")]
+        return f"folder {place.resolve().name}", splits, channels
     names = ["digits", *KNOWN]
     close = difflib.get_close_matches(name, names, n=3)
     raise ValueError(f"data {name!r} is unknown{'; did you mean ' + ', '.join(close) + '?' if close else '.'} "
                      f"Expected {', '.join(names)}, TRAIN.parquet,TEST.parquet, or an existing folder")
 
 
-def _parquets(files: list[str]) -> str:
+def _parquets(both: list[str]) -> str:
     # Without folders: this text ends up in records, which are shared.
-    return f"Parquet files {', '.join(Path(file).name for file in files)}"
+    return f"Parquet files {', '.join(Path(file).name for file in both)}"
 
 
 def _digits() -> list[Split]:
@@ -110,8 +102,8 @@ def _digits() -> list[Split]:
     x = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))[:, None]
     # RandomState, whose numbers NumPy promises never to change, so that this split stays the same everywhere.
     order = np.random.RandomState(0).permutation(len(x))
-    return [Split(bunch.target[rows].astype(np.int64), x[rows].__getitem__, tuple(map(str, bunch.target_names)))
-            for rows in (order[:400], order[400:])]
+    return [Split(bunch.target[rows].astype(np.int64), x[rows].__getitem__, tuple(map(str, bunch.target_names)),
+                  "digit {}".format) for rows in (order[:400], order[400:])]
 
 
 def _download(name: str, size: int | None, root: Path, download: bool) -> list[Split]:
@@ -121,17 +113,19 @@ def _download(name: str, size: int | None, root: Path, download: bool) -> list[S
     # ImageNet cannot be downloaded by torchvision, and fills its folder with class folders.
     place = {"root": root / name} if name == "imagenet" else {"root": root, "download": download}
     try:
-        return [_from_torchvision(getattr(torchvision.datasets, known.cls)(**place, **kwargs))
-                for kwargs in (known.train, known.test)]
+        both = [getattr(torchvision.datasets, known.cls)(**place, **kwargs) for kwargs in (known.train, known.test)]
     except Exception as error:
         raise RuntimeError(
             f"data {name!r} is not in {root} and could not be had from {known.host} ({type(error).__name__}: {error}). "
             f"Fetch it on a connected machine, or put {name}-train.parquet and {name}-test.parquet there") from error
+    return [_from_torchvision(known, dataset, part) for dataset, part in zip(both, ("training", "test"))]
 
 
-def _from_torchvision(dataset: object) -> Split:
+def _from_torchvision(known: Known, dataset: object, part: str) -> Split:
     # torchvision's sets keep labels and pixels under several names
-    labels = next(getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key))
+    labels = np.asarray(next(getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)))
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"torchvision {known.cls}: labels of type {labels.dtype}, expected class numbers from 0")
     classes = [c if isinstance(c, str) else c[0] for c in getattr(dataset, "classes", ())]  # ImageNet: synonyms
     if hasattr(dataset, "data"):
         x = torch.as_tensor(dataset.data)
@@ -139,62 +133,10 @@ def _from_torchvision(dataset: object) -> Split:
         image = x.__getitem__
     else:
         def image(row: int) -> Tensor:
-            return TF.pil_to_tensor(dataset[row][0])
-    return Split(np.asarray(labels, dtype=np.int64), image, tuple(classes))
-
-
-def _folder(folder: Path, *names: str) -> Split:
-    found = [folder / name for name in names if (folder / name).is_dir()]
-    if not found:
-        raise ValueError(f"folder {folder}: expected a folder {' or '.join(names)} with one folder per class in it")
-    try:
-        dataset = torchvision.datasets.ImageFolder(found[0])
-    except FileNotFoundError as error:
-        raise ValueError(f"folder {found[0]}: expected one folder of images per class ({error})") from error
-    files = [file for file, _ in dataset.samples]
-    return Split(np.asarray(dataset.targets), lambda row: _decode(Path(files[row]).read_bytes(), files[row]),
-                 tuple(dataset.classes))
-
-
-def _parquet(file: str) -> Split:
-    if not os.path.isfile(file):
-        raise ValueError(f"Parquet file {file!r}: there is no such file")
-    try:
-        schema = pq.read_schema(file)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file ({error})") from error
-    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
-    if not ({"image", "label"} <= set(schema.names) and pa.types.is_struct(schema.field("image").type)
-            and schema.field("image").type.get_field_index("bytes") >= 0
-            and pa.types.is_integer(schema.field("label").type)):
-        raise ValueError(f"{file} has the columns {found}: expected image: struct<bytes, path> and label: int64")
-    table = pq.read_table(file, columns=["image", "label"])
-    data = pc.struct_field(table["image"], "bytes")
-    labels = pc.fill_null(table["label"], -1).to_numpy().astype(np.int64)
-    if (labels < 0).any():
-        row = int((labels < 0).argmax())
-        raise ValueError(f"{file}, row {row}: label {table['label'][row]}, expected a class number from 0")
-    meta = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    classes = meta.get("info", {}).get("features", {}).get("label", {}).get("names", ())
-    return Split(labels, lambda row: _decode(data[row].as_py(), f"{file}, row {row}"), tuple(classes))
-
-
-def _decode(data: bytes | None, where: str) -> UInt8[Tensor, "C h w"]:
-    """One image in its own channels (1 or 3); torchvision takes half of Pillow's time but knows fewer formats."""
-    try:
-        buffer = torch.frombuffer(bytearray(data or b""), dtype=torch.uint8)
-        # Of a PNG with a palette (colour type 3, byte 25), UNCHANGED would give the numbers of the palette's entries.
-        palette = data[:4] == b"\x89PNG" and data[25:26] == b"\x03"
-        image = decode_image(buffer, ImageReadMode.RGB if palette else ImageReadMode.UNCHANGED)
-        if image.shape[0] in (2, 4):  # transparency, or CMYK
-            image = decode_image(buffer, ImageReadMode.RGB if image.shape[0] == 4 else ImageReadMode.GRAY)
-        return TF.to_dtype(image, torch.uint8, scale=True)
-    except (RuntimeError, ValueError):
-        try:
-            image = Image.open(io.BytesIO(data or b""))
-            return TF.pil_to_tensor(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-        except Exception as error:
-            raise ValueError(f"{where}: this image is broken or missing ({error})") from error
+            picture = dataset[row][0]
+            return upright(TF.pil_to_tensor(picture), picture)
+    return Split(labels.astype(np.int64), image, tuple(classes) or tuple(map(str, range(known.classes))),
+                 f"torchvision {known.cls}, {part} image {{}}".format)
 
 
 def classes_of(name: str, train: Split, test: Split) -> tuple[str, ...]:
@@ -205,10 +147,26 @@ def classes_of(name: str, train: Split, test: Split) -> tuple[str, ...]:
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes)) or "the same in another order"
         raise ValueError(f"data {name!r}: the classes of training and test images differ: {odd}")
-    highest = int(max(train.labels.max(), test.labels.max()))
-    if train.classes and highest >= len(train.classes):
-        raise ValueError(f"data {name!r}: label {highest}, expected less than the {len(train.classes)} named classes")
-    return train.classes or tuple(map(str, range(highest + 1)))
+    lowest, highest = (int(pick([pick(split.labels) for split in (train, test)])) for pick in (np.min, np.max))
+    if lowest < 0:
+        raise ValueError(f"data {name!r}: label {lowest}, expected class numbers from 0")
+    if train.classes:
+        if highest >= len(train.classes):
+            raise ValueError(f"data {name!r}: label {highest}, expected less than the {len(train.classes)} named classes")
+        return train.classes
+    used = set(np.unique(train.labels).tolist())
+    mend = ("Expected the numbers 0, 1, 2, ... without a gap: number the classes anew and leave out images to be ignored, "
+            "or name the classes in the Parquet files (metadata `huggingface`)")
+    if missing := max(used) + 1 - len(used):
+        unused = (label for label in range(max(used)) if label not in used)
+        raise ValueError(f"data {name!r}: training labels go up to {max(used)}, but no image has {_few(unused, missing)}. {mend}")
+    if strange := sorted(set(np.unique(test.labels).tolist()) - used):
+        raise ValueError(f"data {name!r}: no training image has the test labels {_few(strange, len(strange))}. {mend}")
+    return tuple(map(str, range(len(used))))
+
+
+def _few(numbers: Iterable[int], count: int) -> str:
+    return ", ".join(map(str, itertools.islice(numbers, 10))) + (f" and {count - 10:,} more" if count > 10 else "")
 
 
 def subset_of(name: str, part: str, labels: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -234,23 +192,35 @@ def decode_all(name: str, splits: list[Split], rows: list[np.ndarray], size: int
         image = split.image(row)
         channels = channels or image.shape[0]
         if image.shape[0] != channels and given is None:
-            raise ValueError(f"data {name!r} mixes grey and colour images (row {row}): expected channels = 1 or 3")
+            raise ValueError(f"{split.where(row)}: data {name!r} mixes grey and colour images (row {row}): expected channels "
+                             "= 1 or 3")
         if image.shape[0] == 3 and channels == 1:
             image = TF.rgb_to_grayscale(image)
         h, w = image.shape[1:]
         if not fit and (h != w or out is not None and h != out.shape[-1]):
             if size is None:
-                raise ValueError(f"data {name!r}: size = None, but the images differ in size or are not square (row "
-                                 f"{row}: {h}x{w}); expected the side in pixels to fit them to")
+                raise ValueError(f"data {name!r}: size = None, but the images differ in size or are not square "
+                                 f"({split.where(row)}: {h}x{w}); expected the side in pixels to fit them to")
             fit = True
             if out is not None:  # all were alike so far
-                done, out = out[:i], out.new_empty(len(jobs), channels, size, size)
+                done, out = out[:i], _room(name, len(jobs), channels, size)
                 for k in range(i):
                     out[k] = _fit(done[k], size)
+        if fit and size * size * max(h, w) > MOST_PIXELS * min(h, w):
+            raise ValueError(f"{split.where(row)}: {h}x{w} pixels with the shorter side brought to {size} would be more than "
+                             f"{MOST_PIXELS:,}: expected sides that differ less")
         image = _fit(image, size) if fit else image
-        out = torch.empty(len(jobs), channels, *image.shape[1:], dtype=torch.uint8) if out is None else out
+        out = _room(name, len(jobs), channels, image.shape[-1]) if out is None else out
         out[i] = image  # a grey image fills all channels
     return out
+
+
+def _room(name: str, n: int, channels: int, side: int) -> UInt8[Tensor, "N C s s"]:
+    try:
+        return torch.empty(n, channels, side, side, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise ValueError(f"data {name!r}: {n} images of {channels}x{side}x{side} are {n * channels * side**2 / 1e9:.0f} GB, more "
+                         "than the memory: expected a smaller size, or fewer images") from error
 
 
 def _fit(image: UInt8[Tensor, "C h w"], size: int) -> UInt8[Tensor, "C s s"]:

@@ -34,23 +34,23 @@ def encode(array, kind="PNG"):
     return buffer.getvalue()
 
 
-def write_parquet(file, images, labels, names=None):
+def write_parquet(file, images, labels, names=None, kind=pa.int64()):
     table = pa.table({
         "image": pa.array([{"bytes": b, "path": None} for b in images],
                           pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        "label": pa.array(labels, pa.int64())})
+        "label": pa.array(labels, kind)})
     if names:
         meta = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
         table = table.replace_schema_metadata({"huggingface": json.dumps(meta)})
     pq.write_table(table, file)
 
 
-def pair(tmp_path, train, test, name="set", names=None):
+def pair(tmp_path, train, test, name="set", **kwargs):
     """Write two Parquet files of (image bytes, label) and return what `load` is asked for."""
     files = []
     for part, rows in (("train", train), ("test", test)):
         files.append(tmp_path / f"{name}-{part}.parquet")
-        write_parquet(files[-1], *zip(*rows), names=names)
+        write_parquet(files[-1], *zip(*rows), **kwargs)
     return ",".join(map(str, files))
 
 
@@ -106,14 +106,14 @@ def test_a_constant_channel_does_not_divide_by_zero(tmp_path):
 def test_the_whole_image_as_crop_is_a_plain_resize():
     x = torch.rand(4, 3, 12, 12)
     for size in (12, 24):
-        got = data._random_crop(x, size, torch.Generator(), flip=False, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+        got = data._random_crop(x, size, torch.rand(5, 4), flip=False, scale=(1.0, 1.0), ratio=(1.0, 1.0))
         want = torch.nn.functional.interpolate(x, (size, size), mode="bilinear")
         assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_flipping_mirrors_about_half_of_the_images():
-    x = torch.rand(200, 1, 6, 6)
-    got = data._random_crop(x, 6, torch.Generator().manual_seed(0), flip=True, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    x, drawn = torch.rand(200, 1, 6, 6), torch.rand(5, 200, generator=torch.Generator().manual_seed(0))
+    got = data._random_crop(x, 6, drawn, flip=True, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     same, mirrored = ((got - y).abs().amax((1, 2, 3)) < 1e-5 for y in (x, x.flip(3)))
     assert (same ^ mirrored).all() and 70 < mirrored.sum() < 130
 
@@ -123,7 +123,8 @@ def test_crops_have_the_asked_area_and_shape_and_stay_inside(h, w):
     # Images that hold their own coordinates: the crop's corners can be read off its pixels.
     ys, xs = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
     x = torch.stack([ys, xs])[None].expand(2000, -1, -1, -1).clone()
-    out = data._random_crop(x, 16, torch.Generator().manual_seed(0), flip=False, scale=(0.2, 0.5))
+    drawn = torch.rand(5, 2000, generator=torch.Generator().manual_seed(0))
+    out = data._random_crop(x, 16, drawn, flip=False, scale=(0.2, 0.5))
     inner = out[:, :, 1:-1, 1:-1]  # the border is clamped to pixel centres
     height = (inner[:, 0, -1, 0] - inner[:, 0, 0, 0]) * 16 / 13
     width = (inner[:, 1, 0, -1] - inner[:, 1, 0, 0]) * 16 / 13
@@ -180,7 +181,7 @@ def test_subsets_keep_the_classes_shares_and_decode_nothing_else(tmp_path):
     broken = [(b"not an image", 0)] * 50
     keep = sources.subset_of("x", "train", np.zeros(51, int), 1, seed=3)[0]
     broken.insert(keep, (encode(picture(1)), 0))
-    got = data.load(pair(tmp_path, broken, ROWS), train_images=1, seed=3)
+    got = data.load(pair(tmp_path, broken, ROWS[::3]), train_images=1, seed=3)
     assert torch.equal(got.x_train[0].permute(1, 2, 0), torch.from_numpy(picture(1)))
 
 
@@ -295,7 +296,7 @@ def test_mixed_grey_and_colour_needs_channels(tmp_path):
 def test_broken_images_are_named_by_file_and_row(tmp_path):
     jpeg = encode(picture(0, 64, 64), "JPEG")
     for bad in (b"not an image", jpeg[:len(jpeg) // 2], b"", None):
-        name = pair(tmp_path, [ROWS[0], (bad, 1)], ROWS)
+        name = pair(tmp_path, [ROWS[0], (bad, 1)], ROWS[:2])
         with pytest.raises(ValueError, match=r"set-train\.parquet, row 1: this image is broken"):
             data.load(name)
 
