@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -123,3 +124,23 @@ def _misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], classes
     lines = [f"{title}: {some(names)}" for title, names in
              (("missing", missing), ("unexpected", extra), ("another shape", shapes)) if names]
     return "\n".join([cause, *lines])
+
+
+def judge(right: int, images: int, chance: float, source: str) -> None:
+    """Print the accuracy that weights have as they come, and warn when it is no more than guessing.
+
+    Near chance is what three standard errors of chance, or 5 % of the way from there to 1, would explain: of weights that fit
+    this data set even a bad network is better, while those of another input scale or order of classes end there.
+
+    Args:
+        right: images that were classified correctly.
+        images: of so many.
+        chance: the accuracy of guessing, a fraction (the share of the most frequent class).
+        source: of the weights, in words.
+    """
+    accuracy = right / images
+    print(f"{source}: {accuracy:.1%} of {images} test images are right before any training (guessing: {chance:.1%})")
+    if accuracy <= chance + max(3 * (chance * (1 - chance) / images) ** 0.5, 0.05 * (1 - chance)):
+        warnings.warn(f"{source}: an accuracy of {accuracy:.1%} on {images} test images is near chance ({chance:.1%}). Likely "
+                      "causes: the network was trained on another input scale (here each channel has mean 0 and standard "
+                      "deviation 1 over the training images), with its classes in another order, or with another head")
