@@ -20,14 +20,14 @@ def ensemble_accuracy(predictions: Integer[Tensor, "M N"], y: Integer[Tensor, "N
     """Accuracy of the majority vote of `size` different random networks, mean over draws.
 
     Args:
-        predictions: class per network and image.
+        predictions: class per network and image; -1: none (`evaluate.NO_CLASS`), which is no vote.
         y: true classes.
         size: voters; of equal votes, that of the first voter's class counts, then the lowest class.
         draws: how many random ensembles.
         generator: which ones.
 
     Returns:
-        A fraction; NaN when there are fewer than `size` networks.
+        A fraction; NaN when there are fewer than `size` networks. Where nobody votes, the answer is wrong.
 
     Source: bagging of generated networks, as in BEND (arXiv 2403.15766); the vote is of classes, not of scores.
 
@@ -36,12 +36,16 @@ def ensemble_accuracy(predictions: Integer[Tensor, "M N"], y: Integer[Tensor, "N
     """
     if size > len(predictions):
         return float("nan")
-    classes, found = int(max(predictions.max(), y.max())) + 1, []
+    predictions, y, found = predictions.long().cpu(), y.cpu(), []
+    classes = int(max(predictions.max(), y.max())) + 1
+    predictions = predictions.where(predictions >= 0, classes)  # a column of its own, which is not counted
     for _ in range(draws if size < len(predictions) else 1):
-        votes = predictions[torch.randperm(len(predictions), generator=generator)[:size]].long()
-        counts = torch.zeros(predictions.shape[1], classes).scatter_add_(1, votes.T, torch.ones(votes.T.shape))
+        where = generator.device if generator else predictions.device
+        votes = predictions[torch.randperm(len(predictions), generator=generator, device=where)[:size].cpu()]
+        counts = torch.zeros(predictions.shape[1], classes + 1).scatter_add_(1, votes.T, torch.ones(votes.T.shape))
         counts.scatter_add_(1, votes[:1].T, torch.full((votes.shape[1], 1), 0.5))
-        found.append((counts.argmax(dim=1) == y).double().mean())
+        most, winner = counts[:, :classes].max(dim=1)
+        found.append(((winner == y) & (most > 0)).double().mean())
     return float(torch.stack(found).mean())
 
 

@@ -13,18 +13,20 @@ from torch import Tensor
 
 from pdiff_lib import subset
 from pdiff_lib.diffusion import randn
+from pdiff_lib.subset import Array
 
 
-def gaussian(theta: Float[Tensor, "K D"], n: int, generator: torch.Generator | None = None,
+def gaussian(theta: Float[Array, "K D"], n: int, generator: torch.Generator | None = None,
              scale: float = 1.0) -> Float[Tensor, "n D"]:
     """Draws from N(mean, scale^2 covariance) of vectors: exact without ever forming the [D D] covariance."""
+    theta = subset.vectors(theta, at_least=2)
     mean = theta.mean(dim=0)
     weights = scale * randn((n, len(theta)), theta.device, generator) / (len(theta) - 1) ** 0.5
     return mean + weights @ (theta - mean)
 
 
 class Baseline:
-    """Remembers the checkpoints; `fit` refuses what cannot be a zoo.
+    """Remembers the checkpoints, as they are when it is fitted; `fit` refuses what cannot be a zoo.
 
     Attributes:
         single: every sample is the same vector, so that one is enough to be measured.
@@ -32,14 +34,13 @@ class Baseline:
 
     single = False
 
-    def fit(self, theta: Float[Tensor, "K D"]) -> Baseline:
+    def fit(self, theta: Float[Array, "K D"]) -> Baseline:
         """Learn from raw checkpoints.
 
         Raises:
-            ValueError: fewer than two vectors, not [K D], or NaN among the numbers.
+            ValueError: fewer than two vectors, or what `subset.vectors` refuses.
         """
-        subset.check(theta, at_least=2)
-        self.theta = theta
+        self.theta = subset.vectors(theta, at_least=2).clone()  # what the caller does to it later is not seen
         return self
 
     def _integers(self, n: int, high: int, generator: torch.Generator | None) -> Int64[Tensor, "n"]:
@@ -48,7 +49,8 @@ class Baseline:
 
 
 class Noise(Baseline):
-    """A random original plus Gaussian noise, tensor by tensor in units of that tensor's own standard deviation.
+    """A random original plus Gaussian noise, tensor by tensor in units of that tensor's own standard deviation (of a tensor
+    without one, such as a single number: `subset.scales`, that over the checkpoints).
 
     Args:
         scale: s of the N(0, s^2) added to the standardised tensor.
@@ -60,18 +62,20 @@ class Noise(Baseline):
     def __init__(self, scale: float, sizes: Sequence[int] | None = None):
         self.scale, self.sizes = scale, sizes
 
-    def fit(self, theta: Float[Tensor, "K D"]) -> Noise:
+    def fit(self, theta: Float[Array, "K D"]) -> Noise:
         """As `Baseline.fit`; also refuses `sizes` that do not add up to D."""
         super().fit(theta)
-        subset.Standardiser(theta, self.sizes)
+        subset.Standardiser(self.theta, self.sizes)
         return self
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
         """n noise-added originals."""
         theta = self.theta[self._integers(n, len(self.theta), generator)]
-        sizes = list(self.sizes or (theta.shape[1],))
-        std = torch.cat([p.std(dim=1, keepdim=True, correction=0).expand_as(p) for p in theta.split(sizes, dim=1)], dim=1)
-        return theta + self.scale * std * randn(theta.shape, theta.device, generator)
+        sizes, std = list(self.sizes or (theta.shape[1],)), []
+        for p, scale in zip(theta.split(sizes, dim=1), subset.scales(self.theta, sizes)):
+            own = p.std(dim=1, keepdim=True, correction=0)
+            std.append(torch.where(own > subset.ROUNDING * p.mean(dim=1, keepdim=True).abs(), own, scale).expand_as(p))
+        return theta + self.scale * torch.cat(std, dim=1) * randn(theta.shape, theta.device, generator)
 
 
 class WeightAverage(Baseline):
@@ -112,13 +116,12 @@ class Fixed(Baseline):
 
     single = True
 
-    def __init__(self, vector: Float[Tensor, "D"]):
-        self.vector = vector
+    def __init__(self, vector: Float[Array, "D"]):
+        self.vector = subset.vector(vector).clone()
 
-    def fit(self, theta: Float[Tensor, "K D"]) -> Fixed:
+    def fit(self, theta: Float[Array, "K D"]) -> Fixed:
         """As `Baseline.fit`; also refuses originals of another length."""
-        subset.check(theta, len(self.vector))
-        super().fit(theta)
+        super().fit(subset.vectors(theta, len(self.vector)))
         return self
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
@@ -165,10 +168,9 @@ class SubsetAverage(Baseline):
             raise ValueError(f"size is {size}: expected at least 1 original to average")
         self.size = size
 
-    def fit(self, theta: Float[Tensor, "K D"]) -> SubsetAverage:
+    def fit(self, theta: Float[Array, "K D"]) -> SubsetAverage:
         """As `Baseline.fit`; also refuses fewer originals than are averaged."""
-        subset.check(theta, at_least=self.size)
-        super().fit(theta)
+        super().fit(subset.vectors(theta, at_least=self.size))
         return self
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
@@ -216,24 +218,27 @@ class LatentKDE(Baseline):
         share: of them that is kept, the most accurate first; at least two.
 
     Raises:
-        ValueError: a share that is not within (0, 1].
+        ValueError: a share that is not within (0, 1], accuracies that are not numbers.
 
     Source: Schuerholt et al. 2022 (S_KDE30 of Table 7): dimensions independent of each other. Gaussian kernels with Scott's
         bandwidth, n^(-1/5) standard deviations; their autoencoder is another one (attention, with a contrastive loss).
     """
 
-    def __init__(self, autoencoder, accuracy: Float[Tensor, "K"], share: float = 0.3):
+    def __init__(self, autoencoder, accuracy: Float[Array, "K"], share: float = 0.3):
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}: expected more than 0 and at most 1")
-        self.autoencoder, self.accuracy, self.share = autoencoder, accuracy, share
+        self.autoencoder, self.accuracy, self.share = autoencoder, torch.as_tensor(accuracy).detach().clone(), share
+        if not torch.isfinite(self.accuracy).all():  # which would be sorted before the best
+            raise ValueError(f"{int((~torch.isfinite(self.accuracy)).sum())} of {len(self.accuracy)} accuracies are NaN or "
+                             "infinite: expected fractions")
 
-    def fit(self, theta: Float[Tensor, "K D"]) -> LatentKDE:
+    def fit(self, theta: Float[Array, "K D"]) -> LatentKDE:
         """As `Baseline.fit`; also refuses another number of vectors than of accuracies."""
         super().fit(theta)
         if len(self.accuracy) != len(theta):
             raise ValueError(f"{len(self.accuracy)} accuracies for {len(theta)} vectors: expected one each")
         best = self.accuracy.argsort(descending=True, stable=True)[:max(2, round(self.share * len(theta)))]
-        self.z = self.autoencoder.encode(theta[best.to(theta.device)])
+        self.z = subset.vectors(self.autoencoder.encode(self.theta[best.to(self.theta.device)])).clone()
         self.bandwidth = self.z.std(dim=0) * len(self.z) ** -0.2
         return self
 
@@ -242,4 +247,4 @@ class LatentKDE(Baseline):
         where = generator.device if generator else self.z.device
         picks = torch.randint(len(self.z), (n, self.z.shape[1]), generator=generator, device=where).to(self.z.device)
         z = self.z.gather(0, picks) + self.bandwidth * randn(picks.shape, self.z.device, generator)
-        return self.autoencoder.decode(z)
+        return subset.vectors(self.autoencoder.decode(z), self.theta.shape[1])

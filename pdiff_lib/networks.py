@@ -8,10 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
+
+from pdiff_lib.weights import load
 
 
 class _ConvNetMini(nn.Sequential):
@@ -149,7 +149,8 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
         in_chans: channels of the images, at least 1.
         image_size: side of the images in pixels; None: 64 for the minis, 32 for "hyperrep-cnn", timm's own default.
         pretrained: start from the weights that timm publishes for this model (ImageNet; downloaded when needed).
-        weights: safetensors file with a state dict that fits exactly. Pickled files are refused: loading one runs code.
+        weights: safetensors file with a state dict that fits (see `weights.load`). Pickled files are refused: loading one
+            runs code.
         seed: of the random initial weights; the global random state is neither read nor changed.
 
     Returns:
@@ -167,7 +168,6 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
             raise ValueError(f"{key} = {value}: expected at least 1")
     if pretrained and weights is not None:
         raise ValueError(f"pretrained = True and weights = {str(weights)!r}: expected one source of weights, not both")
-    state = None if weights is None else _read_weights(Path(weights))
     # Only the CPU generator is seeded, and restored: torch.manual_seed would also reseed every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -175,11 +175,8 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
             net = _create_small(name, num_classes, in_chans, image_size, pretrained)
         else:
             net = _create_timm(name, num_classes, in_chans, image_size, pretrained)
-    if state is not None:
-        try:
-            net.load_state_dict(state, strict=True)
-        except RuntimeError as error:  # lists the missing and unexpected keys and the shapes that differ
-            raise ValueError(f"{weights} does not fit {name} with {num_classes} classes: {error}") from error
+    if weights is not None:
+        load(net, Path(weights), name, num_classes)
     return net
 
 
@@ -217,16 +214,6 @@ def _create_timm(name: str, num_classes: int, in_chans: int, image_size: int | N
     sides = (image_size, image_size) if image_size else tuple(net.pretrained_cfg["input_size"][1:])
     net.input_shape = (in_chans, *sides)
     return net.train()
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"weights {str(path)!r}: there is no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"weights {str(path)!r} is not a safetensors file ({error}). Pickled files (.pt, .pth, .bin) "
-                         "are never loaded, as they can run code: convert with safetensors.torch.save_file") from error
 
 
 def copied(net: nn.Module) -> nn.Module:

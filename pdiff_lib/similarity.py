@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from pdiff_lib import subset
+from pdiff_lib.subset import Array
+
 COLUMNS = 2048  # images per matrix product: bounds the memory of the float copies, and keeps them in the cache
 
 
@@ -27,6 +30,7 @@ def iou(wrong_a: Bool[Tensor, "A N"], wrong_b: Bool[Tensor, "B N"]) -> Float[Ten
             raise ValueError(f"wrong predictions are {w.dtype} {list(w.shape)}: expected bool [models, images]")
     if wrong_a.shape[1] != wrong_b.shape[1]:
         raise ValueError(f"wrong predictions over {wrong_a.shape[1]} and {wrong_b.shape[1]} images: expected the same images")
+    wrong_b = wrong_b.to(wrong_a.device)
     size_a, size_b = wrong_a.new_zeros(len(wrong_a), dtype=torch.float32), wrong_b.new_zeros(len(wrong_b), dtype=torch.float32)
     both = torch.zeros(len(wrong_a), len(wrong_b), device=wrong_a.device)
     for a, b in zip(wrong_a.split(COLUMNS, 1), wrong_b.split(COLUMNS, 1)):
@@ -66,8 +70,16 @@ def nearest(wrong: Bool[Tensor, "M N"], wrong_originals: Bool[Tensor, "K N"],
     return tuple(pairs.max(dim=1))
 
 
-def distance(theta: Float[Tensor, "M D"], originals: Float[Tensor, "K D"], exclude_self: bool = False) -> Float[Tensor, "M"]:
-    """Euclidean distance to the nearest original, in raw parameter units. `exclude_self` as in `maximum`."""
+def distance(theta: Float[Array, "M D"], originals: Float[Array, "K D"], exclude_self: bool = False) -> Float[Tensor, "M"]:
+    """Euclidean distance to the nearest original, in raw parameter units. `exclude_self` as in `maximum`.
+
+    Raises:
+        ValueError: what `subset.vectors` refuses, originals of another length, or `exclude_self` with other vectors.
+    """
+    theta, originals = _both(theta, originals)
+    if exclude_self and (len(theta) != len(originals) or len(theta) < 2):
+        raise ValueError(f"exclude_self with {len(theta)} networks and {len(originals)} originals: expected the originals "
+                         "themselves, at least two")
     # Centred: distances are small beside the vectors, and float32 squares would lose them.
     mean = originals.mean(dim=0)
     pairs = torch.cdist(theta - mean, originals - mean, compute_mode="donot_use_mm_for_euclid_dist")
@@ -76,21 +88,32 @@ def distance(theta: Float[Tensor, "M D"], originals: Float[Tensor, "K D"], exclu
     return pairs.amin(dim=1)
 
 
-def outside_span(theta: Float[Tensor, "M D"], originals: Float[Tensor, "K D"]) -> Float[Tensor, "M"]:
+def outside_span(theta: Float[Array, "M D"], originals: Float[Array, "K D"]) -> Float[Tensor, "M"]:
     """Share of a vector's deviation from the originals' mean that lies outside their span (ratio of lengths).
 
     0: an affine combination of the originals (a copy, an average, any PCA reconstruction). 1: at a right angle to all
     of them. K vectors span at most K-1 directions.
+
+    Raises:
+        ValueError: what `subset.vectors` refuses, or originals of another length.
     """
+    theta, originals = _both(theta, originals)
     mean = originals.double().mean(dim=0)
     deviation = theta.double() - mean
     _, singular, basis = torch.linalg.svd(originals.double() - mean, full_matrices=False)
-    basis = basis[singular > singular[0] * 1e-6]
+    basis = basis[singular > max(1e-6 * float(singular[0]), 1e-12 * float(originals.norm()))]  # beyond rounding
     outside = deviation - deviation @ basis.T @ basis
     length = deviation.norm(dim=1)
     # The mean itself deviates by float32 rounding alone, and has no direction to speak of.
     tiny = length <= 1e-6 * originals.double().norm(dim=1).mean()
     return torch.where(tiny, 0.0, outside.norm(dim=1) / length.clamp(min=1e-300)).float()
+
+
+def _both(theta: Float[Array, "M D"], originals: Float[Array, "K D"]) -> tuple[Tensor, Tensor]:
+    """Both as vectors of one length on one device, the first's."""
+    originals = subset.vectors(originals)
+    theta = subset.vectors(theta, originals.shape[1])
+    return theta, originals.to(theta.device)
 
 
 def pairwise(wrong: Bool[Tensor, "M N"]) -> float:

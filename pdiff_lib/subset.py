@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
+from pdiff_lib.norms import in_forward_order
+
+ROUNDING = 1e-6  # of float32, relative: a spread below it is none
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # float8 is not among them: it comes with scales
 Array = Tensor | np.ndarray  # what a vector may come as
 Vectors = Float32[Tensor, "K D"]
@@ -44,33 +47,48 @@ class Subset:
         """The chosen parameters of a network (or of a state dict) as one vector; a copy.
 
         Raises:
-            ValueError: a tensor is missing or has another shape.
+            ValueError: a tensor is missing, has another shape, or holds no floats.
         """
         tensors = dict(net.named_parameters()) if isinstance(net, nn.Module) else net
+        return torch.cat([t.detach().reshape(-1) for t in self._of(tensors)])
+
+    def unflatten(self, theta: Float[Array, "D"]) -> dict[str, Tensor]:
+        """The vector as named tensors (views), ready for `torch.func.functional_call`; in its own precision.
+
+        Raises:
+            ValueError: the vector has another length, or holds no floats.
+        """
+        theta = theta if isinstance(theta, Tensor) and theta.dtype in FLOATS else vector(theta, self.numel)
+        if theta.shape != (self.numel,):
+            raise ValueError(f"theta has shape {list(theta.shape)}: expected [{self.numel}]")
+        return {n: part.view(s) for n, s, part in zip(self.names, self.shapes, theta.split(self.sizes))}
+
+    def load(self, net: nn.Module, theta: Float[Array, "D"]) -> nn.Module:
+        """Write the vector into the network, in place; returns the network.
+
+        Raises:
+            ValueError: a network without these parameters, or what `vector` refuses.
+        """
+        values = self.unflatten(vector(theta, self.numel)).values()
+        with torch.no_grad():
+            for parameter, value in zip(self._of(dict(net.named_parameters())), values):
+                parameter.copy_(value)
+        return net
+
+    def still(self, theta: Float[Array, "K D"]) -> list[str]:
+        """Names of the tensors that are the same in all vectors: nothing is learned of them but their value."""
+        theta = vectors(theta, self.numel)
+        return [n for n, part in zip(self.names, theta.split(self.sizes, dim=1)) if bool((part == part[0]).all())]
+
+    def _of(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         for name, shape in zip(self.names, self.shapes):
             if name not in tensors:
                 raise ValueError(f"no parameter {name!r} here: expected {', '.join(self.names[:4])}, ...")
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}: expected {shape}")
-        return torch.cat([tensors[n].detach().reshape(-1) for n in self.names])
-
-    def unflatten(self, theta: Float[Tensor, "D"]) -> dict[str, Tensor]:
-        """The vector as named tensors (views), ready for `torch.func.functional_call`.
-
-        Raises:
-            ValueError: the vector has another length.
-        """
-        if theta.shape != (self.numel,):
-            raise ValueError(f"theta has shape {list(theta.shape)}: expected [{self.numel}]")
-        return {n: part.view(s) for n, s, part in zip(self.names, self.shapes, theta.split(self.sizes))}
-
-    def load(self, net: nn.Module, theta: Float[Tensor, "D"]) -> nn.Module:
-        """Write the vector into the network, in place; returns the network."""
-        parameters = dict(net.named_parameters())
-        with torch.no_grad():
-            for name, value in self.unflatten(theta).items():
-                parameters[name].copy_(value)
-        return net
+            if tensors[name].dtype not in FLOATS:
+                raise ValueError(f"{name} holds numbers of type {tensors[name].dtype}: expected floats of 16, 32 or 64 bits")
+        return [tensors[name] for name in self.names]
 
 
 def select(net: nn.Module, choice: str | Sequence[str]) -> Subset:
@@ -96,7 +114,7 @@ def select(net: nn.Module, choice: str | Sequence[str]) -> Subset:
         count = choice.partition(":")[2]
         if not count.isdigit() or int(count) < 1:
             raise ValueError(f"subset {choice!r}: expected last_norms:N with N at least 1")
-        norms = _norms_in_forward_order(net)
+        norms = in_forward_order(net)
         if len(norms) < int(count):
             raise ValueError(f"subset {choice!r}: {type(net).__name__} has {len(norms)} normalisation layers with parameters")
         chosen = [f"{m}.{p}" for m in norms[-int(count):] for p, _ in net.get_submodule(m).named_parameters(recurse=False)]
@@ -112,25 +130,20 @@ def select(net: nn.Module, choice: str | Sequence[str]) -> Subset:
     return Subset(tuple(chosen), tuple(parameters[n] for n in chosen))
 
 
-def _norms_in_forward_order(net: nn.Module) -> list[str]:
-    """Names of the normalisation layers with parameters, by their first call when the network's input is known."""
-    norms = {n: m for n, m in net.named_modules()
-             if "norm" in type(m).__name__.lower() and next(m.parameters(recurse=False), None) is not None}
-    shape = getattr(net, "input_shape", None)
-    if shape is None:
-        return list(norms)
-    called: list[str] = []
-    hooks = [m.register_forward_pre_hook(lambda _m, _x, n=n: called.append(n)) for n, m in norms.items()]
-    modes, weight = {m: m.training for m in net.modules()}, next(net.parameters())
-    try:
-        with torch.no_grad():
-            net.eval()(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for h in hooks:
-            h.remove()
-    return list(dict.fromkeys(called))
+def scales(theta: Float[Tensor, "K D"], sizes: Sequence[int]) -> Float[Tensor, "T"]:
+    """One standard deviation per tensor: of its numbers within a checkpoint, averaged over the checkpoints.
+
+    That of a single number is 0, as is that of numbers which are all alike (up to rounding): of such a tensor it is the
+    standard deviation over the checkpoints, and 0 only where all of them agree.
+
+    >>> scales(torch.tensor([[1., 3., 0.25], [1., 3., 0.75]]), (2, 1))
+    tensor([1.0000, 0.2500])
+    """
+    found = []
+    for p in theta.split(list(sizes), dim=1):
+        within = p.std(dim=1, correction=0).mean()
+        found.append(torch.where(within > ROUNDING * p.mean().abs(), within, p.std(correction=0)))
+    return torch.stack(found)
 
 
 class Standardiser:
@@ -140,13 +153,15 @@ class Standardiser:
         theta: [K D], what the statistics come from.
         sizes: lengths of the tensors; None treats the vector as one tensor.
         centre: "tensor": mean and standard deviation are scalars per tensor, over its numbers within a checkpoint, then
-            averaged over the checkpoints (the authors' way; METHOD "From checkpoints to vectors"). "vector": the mean is the
-            mean checkpoint, and the standard deviation the root mean square of what a tensor's numbers deviate from it.
+            averaged over the checkpoints (the authors' way; METHOD "From checkpoints to vectors"), or over the checkpoints
+            where a checkpoint has no spread to estimate (`scales`). "vector": the mean is the mean checkpoint, and the
+            standard deviation the root mean square of what a tensor's numbers deviate from it.
 
-    A tensor that is constant keeps its scale.
+    A tensor that is the same constant in all checkpoints keeps its scale.
     """
 
-    def __init__(self, theta: Float[Tensor, "K D"], sizes: Sequence[int] | None = None, centre: str = "tensor"):
+    def __init__(self, theta: Float[Array, "K D"], sizes: Sequence[int] | None = None, centre: str = "tensor"):
+        theta = vectors(theta)
         sizes = tuple(sizes or (theta.shape[1],))
         if sum(sizes) != theta.shape[1]:
             raise ValueError(f"sizes add up to {sum(sizes)}: expected {theta.shape[1]}, the length of the vectors")
@@ -155,9 +170,8 @@ class Standardiser:
             self.mean = theta.mean(dim=0)
             std = torch.stack([p.square().mean().sqrt() for p in (theta - self.mean).split(sizes, dim=1)])
         else:
-            parts = theta.split(sizes, dim=1)
-            self.mean = torch.stack([p.mean() for p in parts]).repeat_interleave(lengths)
-            std = torch.stack([p.std(dim=1, correction=0).mean() for p in parts])
+            self.mean = torch.stack([p.mean() for p in theta.split(sizes, dim=1)]).repeat_interleave(lengths)
+            std = scales(theta, sizes)
         self.std = torch.where(std > 0, std, 1.0).repeat_interleave(lengths)
 
     def __call__(self, theta: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
@@ -167,6 +181,25 @@ class Standardiser:
     def inverse(self, v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
         """Standardised to raw."""
         return v * self.std + self.mean
+
+
+def distinct(theta: Float[Array, "K D"]) -> None:
+    """Refuse originals that are all the same.
+
+    Raises:
+        ValueError: they are; or what `vectors` refuses, fewer than two among it.
+    """
+    theta = vectors(theta, at_least=2)
+    if bool((theta == theta[0]).all()):
+        raise ValueError(f"all {len(theta)} originals are the same vector: expected at least two different ones")
+
+
+def vector(theta: Any, numel: int | None = None, device: torch.device | str | None = None) -> Float32[Tensor, "D"]:
+    """`vectors` for a single one, [D]."""
+    known = isinstance(theta, (Tensor, np.ndarray))
+    if known and (theta.ndim != 1 or numel not in (None, len(theta))):
+        raise ValueError(f"theta has shape {list(theta.shape)}: expected [{numel or 'D'}]")
+    return vectors(theta[None] if known else theta, numel, device=device)[0]
 
 
 def vectors(theta: Any, numel: int | None = None, at_least: int = 1, device: torch.device | str | None = None) -> Vectors:
@@ -210,7 +243,8 @@ def vectors(theta: Any, numel: int | None = None, at_least: int = 1, device: tor
     if bad.any():
         row = int(bad.nonzero()[0])
         beyond = " (finite as given, but beyond the range of float32)" if bool((abs(given[row]) < torch.inf).all()) else ""
-        raise ValueError(f"theta holds NaN or infinity in {int(bad.sum())} of {len(theta)} vectors, first in vector {row}{beyond}")
+        raise ValueError(f"theta holds NaN or infinity in {int(bad.sum())} of {len(theta)} vectors, first in vector {row}"
+                         f"{beyond}")
     return theta
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pdiff_lib import subset
 from pdiff_lib.networks import _Residual
+from pdiff_lib.subset import Array
 
 SUPPORTED = "hyperrep-cnn, mlp-mini, convnet-mini, resnet-mini, or another sequence of linear, convolution and norm layers"
 UNITWISE = (nn.LeakyReLU, nn.ReLU, nn.GELU, nn.ELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d,
@@ -127,15 +128,16 @@ def _generators(units: int) -> tuple[Int64[Tensor, "_"], Int64[Tensor, "_"]]:
 
 
 def random(groups: Groups, m: int, generator: torch.Generator | None = None) -> list[Int64[Tensor, "m _"]]:
-    """A random permutation of each group's units for each of m networks.
+    """A random permutation of each group's units for each of m networks, drawn where the generator lives.
 
     >>> [p.shape for p in random((torch.zeros(3, 7, dtype=int), torch.zeros(5, 2, dtype=int)), 4)]
     [torch.Size([4, 3]), torch.Size([4, 5])]
     """
-    return [torch.rand(m, len(g), generator=generator).argsort(dim=1) for g in groups]
+    where = generator.device if generator else torch.device("cpu")
+    return [torch.rand(m, len(g), generator=generator, device=where).argsort(dim=1).to(g.device) for g in groups]
 
 
-def permute(theta: Float[Tensor, "M D"], groups: Groups, permutations: Sequence[Int64[Tensor, "M _"]]) -> Float[Tensor, "M D"]:
+def permute(theta: Float[Array, "M D"], groups: Groups, permutations: Sequence[Int64[Tensor, "M _"]]) -> Float[Tensor, "M D"]:
     """Reorder the hidden units: unit u of the result is unit `permutations[group][u]` of the network.
 
     Args:
@@ -147,35 +149,38 @@ def permute(theta: Float[Tensor, "M D"], groups: Groups, permutations: Sequence[
         New vectors of the same functions.
 
     Raises:
-        ValueError: not one permutation per group and network.
+        ValueError: not one permutation per group and network, or what `subset.vectors` refuses.
 
     >>> permute(torch.tensor([[1., 2., 3., 4.]]), (torch.tensor([[0, 2], [1, 3]]),), [torch.tensor([[1, 0]])])
     tensor([[2., 1., 4., 3.]])
     """
-    expected = [(len(theta), len(g)) for g in groups]
+    theta, expected = subset.vectors(theta).clone(), [(len(theta), len(g)) for g in groups]
     if [tuple(p.shape) for p in permutations] != expected:
         raise ValueError(f"permutations of shapes {[tuple(p.shape) for p in permutations]}: expected {expected}")
-    theta = theta.clone()
     for positions, order in zip(groups, permutations):
+        if bool((order.sort(dim=1).values != torch.arange(len(positions), device=order.device)).any()):
+            raise ValueError(f"permutations of {len(positions)} units do not hold each of them once: expected that, as units "
+                             "would be lost")
         positions = positions.to(theta.device)
         moved = positions[order.to(theta.device)].flatten(1)
         theta[:, positions.flatten()] = theta.gather(1, moved)
     return theta
 
 
-def augment(theta: Float[Tensor, "K D"], groups: Groups, copies: int,
+def augment(theta: Float[Array, "K D"], groups: Groups, copies: int,
             generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
     """The networks, followed by randomly permuted copies of them: K (1 + copies) vectors, copy after copy.
 
     Raises:
-        ValueError: a negative number of copies.
+        ValueError: a negative number of copies, or what `subset.vectors` refuses.
     """
     if copies < 0:
         raise ValueError(f"copies is {copies}: expected at least 0")
+    theta = subset.vectors(theta)
     return torch.cat([theta, *(permute(theta, groups, random(groups, len(theta), generator)) for _ in range(copies))])
 
 
-def align(theta: Float[Tensor, "K D"], reference: Float[Tensor, "D"], groups: Groups,
+def align(theta: Float[Array, "K D"], reference: Float[Array, "D"], groups: Groups,
           sweeps: int = 100) -> Float[Tensor, "K D"]:
     """Permute each network's hidden units to come as near to the reference as possible, group by group until nothing changes.
 
@@ -192,11 +197,12 @@ def align(theta: Float[Tensor, "K D"], reference: Float[Tensor, "D"], groups: Gr
         New vectors of the same functions.
 
     Raises:
-        ValueError: a reference of another length.
+        ValueError: a reference of another length, or what `subset.vectors` refuses.
 
     Source: weight matching, Git Re-Basin (Ainsworth et al. 2023), Algorithm 1; groups in the order of the layers, where the
         algorithm has a random order. All networks together.
     """
+    theta, reference = subset.vectors(theta), subset.vector(reference)
     if reference.shape != theta.shape[1:]:
         raise ValueError(f"the reference has shape {list(reference.shape)}: expected [{theta.shape[1]}]")
     device, theta, reference = theta.device, theta.cpu().clone(), reference.cpu().double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, Shaped
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pdiff_lib import data, evaluate, networks, recipe, runs, subset, training
+from pdiff_lib import data, evaluate, networks, recipe, runs, subset, training, weights
 from pdiff_lib.runs import Checkpoint
 
 
@@ -24,12 +26,19 @@ class Zoo:
         theta: [K D], raw, on the CPU, in the order of training.
         names, shapes: of the subset they belong to.
         losses: [K], the training loss at each step; empty when unknown.
+
+    Raises:
+        ValueError: what `subset.vectors` refuses, or vectors of another length than the shapes have.
     """
 
-    theta: Float[Tensor, "K D"]
+    theta: Float[subset.Array, "K D"]
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     losses: Float[Tensor, "..."]
+
+    def __post_init__(self) -> None:
+        numel = subset.Subset(self.names, self.shapes).numel
+        object.__setattr__(self, "theta", subset.vectors(self.theta, numel, device="cpu"))
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, atomically."""
@@ -64,9 +73,14 @@ def load(path: str | Path, sub: subset.Subset | None = None) -> Zoo:
     """
     if not Path(path).is_file():
         raise ValueError(f"no zoo file {str(path)!r}")
+    with suppress(SafetensorError), safe_open(path, framework="pt") as file:  # `runs.read` says what is wrong with others
+        if "checksum" not in (file.metadata() or {}):
+            raise ValueError(f"{path} is not a zoo of this workbook (it holds {weights.some(file.keys())}): bring checkpoints "
+                             "of your own with Zoo(torch.stack([sub.flatten(state) for state in states]), sub.names, "
+                             "sub.shapes, torch.empty(0)).save(path)")
     tensors, note = runs.read(Path(path))
     if not {"names", "shapes"} <= note.keys() or "theta" not in tensors:
-        raise ValueError(f"{path} holds {', '.join(tensors)}: expected a zoo (theta with names and shapes)")
+        raise ValueError(f"{path} holds {weights.some(tensors)}: expected a zoo (theta with names and shapes)")
     zoo = Zoo(tensors["theta"], tuple(note["names"]), tuple(map(tuple, note["shapes"])), tensors["losses"])
     if sub is not None and (zoo.names, zoo.shapes) != (sub.names, sub.shapes):
         raise ValueError(f"{path} is a zoo of {len(zoo.names)} tensors with {zoo.theta.shape[1]} numbers "

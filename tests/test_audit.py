@@ -19,8 +19,10 @@ def seeded(seed=0):
 
 
 def vote(ballots: list[int]) -> int:
-    """The class with most votes; of equal ones that of the first voter, then the lowest."""
-    counts = Counter(ballots)
+    """The class with most votes; of equal ones that of the first voter, then the lowest. -1 is no vote."""
+    counts = Counter(b for b in ballots if b != -1)
+    if not counts:
+        return -1
     most = [c for c in sorted(counts) if counts[c] == max(counts.values())]
     return ballots[0] if ballots[0] in most else most[0]
 
@@ -43,6 +45,29 @@ def test_a_vote_is_that_of_every_image_counted_by_hand(m, size, draws, dtype):
     found = ensemble_accuracy(predictions.to(dtype), y, size, draws, seeded(4))
     assert found == pytest.approx(drawn(predictions, y, size, draws, seeded(4)), abs=1e-12)
     assert found == ensemble_accuracy(predictions.to(dtype), y, size, draws, seeded(4))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64])
+def test_who_has_no_class_has_no_vote(size, dtype):
+    y = torch.randint(3, (60,), generator=seeded(1))
+    predictions = torch.randint(-1, 3, (7, 60), generator=seeded(2))
+    predictions[:, :5] = -1  # nobody votes: wrong, also where the class is 0
+    y[:5] = 0
+    found = ensemble_accuracy(predictions.to(dtype), y, size, 6, seeded(4))
+    assert found == pytest.approx(drawn(predictions, y, size, 6 if size < 7 else 1, seeded(4)), abs=1e-12)
+    assert ensemble_accuracy(torch.full((7, 60), -1), torch.zeros(60, dtype=torch.int64), size) == 0.0
+
+
+def test_votes_are_drawn_where_the_generator_lives(unchecked, monkeypatch):
+    """A CUDA generator cannot be made here: whoever draws must ask for its device, and bring the numbers back."""
+    class Cuda:
+        device = torch.device("cuda", 1)
+
+    asked, draw = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, generator, device: asked.append(device) or draw(n))
+    ensemble_accuracy(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), 2, 5, Cuda())
+    assert asked == [Cuda.device] * 5
 
 
 def test_of_two_voters_the_first_decides():

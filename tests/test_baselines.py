@@ -18,6 +18,7 @@ from pdiff_lib.baselines import (
     SubsetAverage,
     TensorMeans,
     WeightAverage,
+    gaussian,
 )
 
 METHODS = [Noise(0.1, (4, 5)), WeightAverage(), Interpolation(), Gaussian(), SubsetAverage(2), SWAG()]
@@ -48,6 +49,21 @@ def test_noise_is_in_units_of_each_tensors_own_spread(sizes):
         by_parent = [units[parent == i].std() for i in range(6)]
         assert by_parent == pytest.approx([scale] * 6, rel=5 / math.sqrt(2 * n / 7 * size))
         at += size
+
+
+@pytest.mark.parametrize("part", ["one", "alike"])
+def test_noise_on_a_tensor_without_a_spread_is_in_units_of_that_over_the_checkpoints(part):
+    """A single number, and a tensor whose numbers are all alike, would get none at all."""
+    k, size = 40, 1 if part == "one" else 6
+    level = 0.25 + 0.002 * torch.randn(k, 1, generator=seeded(3))
+    apart = torch.randn(k, 5, generator=seeded(4)) + 100 * torch.arange(k)[:, None]  # tells whose copy a sample is
+    theta = torch.cat([apart, level.expand(-1, size)], dim=1)
+    samples = Noise(0.5, (5, size)).fit(theta).sample(8000, seeded())
+    parent = torch.cdist(samples[:, :5].double(), theta[:, :5].double()).argmin(1)
+    noise = (samples - theta[parent])[:, 5:].double()
+    assert noise.std().item() == pytest.approx(0.5 * level.double().std(correction=0).item(), rel=0.05)
+    constant = torch.cat([theta[:, :5], torch.full((k, size), 0.25)], dim=1)  # no spread anywhere: nothing to add
+    assert (Noise(0.5, (5, size)).fit(constant).sample(50, seeded())[:, 5:] == 0.25).all()
 
 
 def test_noise_of_scale_zero_copies():
@@ -106,6 +122,41 @@ def test_samples_are_decided_by_the_generator(method):
     assert fitted is method and a.shape == (8, 9) and a.dtype == torch.float32 and torch.equal(a, b)
     assert torch.equal(a, c) == isinstance(method, WeightAverage)
     assert torch.equal(state, torch.get_rng_state())
+
+
+ALL = [*METHODS, TensorMeans((4, 5)), Fixed(torch.arange(9.0))]
+
+
+@pytest.mark.parametrize("method", ALL, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("change", [
+    torch.Tensor.double, torch.Tensor.bfloat16, torch.Tensor.half, lambda t: t.requires_grad_(), torch.Tensor.numpy,
+    lambda t: t.numpy().astype(">f8"), lambda t: t.T.contiguous().T], ids=["f64", "bf16", "f16", "grad", "numpy", ">f8", "T"])
+def test_all_floats_are_taken_and_nothing_is_shared(method, change):
+    """What comes in is float32 of the same numbers, and later changes to it, or to a sample, change no later sample."""
+    theta = change(zoo().bfloat16().half().float())  # numbers that all of these types hold
+    same = theta.detach().float() if isinstance(theta, torch.Tensor) else torch.tensor(theta.astype(np.float32))
+    first = method.fit(theta).sample(12, seeded())
+    assert first.dtype == torch.float32 and not first.requires_grad
+    assert torch.equal(method.fit(same.clone()).sample(12, seeded()), first)
+    method.fit(theta).sample(12, seeded()).zero_()
+    with torch.no_grad():
+        theta -= 1 if isinstance(theta, np.ndarray) else theta.mean(0)
+    assert torch.equal(method.sample(12, seeded()), first)
+
+
+def test_a_fixed_vector_is_a_copy(unchecked):
+    vector = torch.arange(9.0)
+    fixed = Fixed(vector)
+    vector.zero_()
+    assert fixed.fit(zoo()).sample(1)[0].tolist() == list(range(9))
+    for other in (torch.arange(9), torch.full((9,), math.nan), torch.zeros(1, 9)):
+        with pytest.raises(ValueError, match="^theta h"):
+            Fixed(other)
+
+
+def test_a_gaussian_of_one_vector_is_refused():
+    with pytest.raises(ValueError, match="theta holds 1 vectors: expected at least 2"):
+        gaussian(zoo(k=1), 3)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
@@ -222,5 +273,45 @@ def test_kde_refuses_what_does_not_fit():
     for share in (0.0, 1.1):
         with pytest.raises(ValueError, match=f"share is {share}"):
             LatentKDE(Doubling(), torch.zeros(3), share)
+    with pytest.raises(ValueError, match="2 of 3 accuracies are NaN or infinite"):  # they would be sorted before the best
+        LatentKDE(Doubling(), torch.tensor([math.nan, 0.5, math.inf]))
     with pytest.raises(ValueError, match="3 accuracies for 6 vectors"):
         LatentKDE(Doubling(), torch.zeros(3)).fit(zoo())
+
+
+class Odd(Doubling):
+    """An autoencoder that is not ours: works in place, in NumPy's float64, and hands out what it keeps."""
+
+    def encode(self, theta):
+        theta -= 1
+        self.latents = 2 * theta[:, :4].double().numpy()
+        return self.latents
+
+    def decode(self, z):
+        return np.concatenate([z.numpy() / 2 + 1, np.zeros((len(z), 5))], axis=1)
+
+
+def test_kde_shares_nothing_with_the_autoencoder_nor_with_those_who_measured():
+    theta, accuracy = zoo(k=20), torch.rand(20, generator=seeded(5))
+    plain = LatentKDE(Doubling(), accuracy.clone()).fit(theta.clone()).sample(50, seeded())
+    before, odd = theta.clone(), Odd()
+    method = LatentKDE(odd, accuracy)
+    accuracy.zero_()
+    samples = method.fit(theta).sample(50, seeded())
+    odd.latents[:] = 7
+    assert torch.equal(theta, before) and torch.equal(samples, method.sample(50, seeded()))
+    torch.testing.assert_close(samples, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_kde_refuses_latents_and_vectors_that_are_not_numbers():
+    class Broken(Doubling):
+        def decode(self, z):
+            return torch.full((len(z), 9), math.nan)
+
+    class Short(Doubling):
+        def decode(self, z):
+            return z
+
+    for kind, message in ((Broken, "NaN or infinity in 5 of 5"), (Short, r"shape \[5, 4\]: expected \[vectors, 9\]")):
+        with pytest.raises(ValueError, match=message):
+            LatentKDE(kind(), torch.rand(20)).fit(zoo(k=20)).sample(5, seeded())

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pdiff_lib import autoencoder, denoiser, evaluate, pdiff, population, runs, training, zoo
 from pdiff_lib.experiment import AVERAGE, ORIGINAL, PDIFF, Experiment
@@ -238,12 +239,163 @@ def test_a_users_method_is_checked(done):
         def sample(self, n, generator=None):
             return self.theta[:n, 1:]
 
-    for method, message in ((Broken, "NaN or infinity in 4 of 4"), (Short, "expected .vectors")):
+    kept = len(list(done.store.folder.rglob("*.safetensors")))
+    for method, message in ((Broken, "'own': .*NaN or infinity in 4 of 4"), (Short, "'own': .*expected .vectors")):
         done.methods["own"] = method()
         done._fitted.pop("own", None)
         with pytest.raises(ValueError, match=message):
             done.theta("own")
         del done.methods["own"]
+    assert len(list(done.store.folder.rglob("*.safetensors"))) == kept
+
+
+class Centred(Copies):
+    """Works in place on what it gets, draws from what is global, gives NumPy's float64."""
+
+    def fit(self, theta):
+        theta -= theta.mean(0)
+        super().fit(theta)
+
+    def sample(self, n, generator=None):
+        return np.random.randn(n, self.theta.shape[1]) + self.theta[:n].double().numpy()
+
+
+def test_a_users_method_changes_nothing_that_others_see(done, folder):
+    e, again = experiment(folder), experiment(folder)
+    e.add("own", Centred())
+    e.add("no NumPy", Copies())
+    own = e.theta("own")
+    np.random.rand(3)
+    again.add("own", Centred())
+    assert torch.equal(own, again.theta("own")) and own.dtype == torch.float32  # global draws repeat
+    for name in (ORIGINAL, "no NumPy", AVERAGE):
+        assert torch.equal(e.theta(name), done.theta(name) if name in done.methods or name == ORIGINAL else e.zoo.theta[:4])
+    assert torch.equal(e.wrong(ORIGINAL), done.wrong(ORIGINAL))
+    with pytest.raises(ValueError, match="method 'class' is a type"):
+        e.add("class", Copies)
+
+
+def test_a_method_that_reaches_for_the_originals_is_named(done, folder):
+    class Reaches(Copies):
+        def fit(self, theta):
+            super().fit(theta)
+            if at == "fit":
+                e.zoo.theta.data -= 1
+
+        def sample(self, n, generator=None):
+            if at == "sampling":
+                e.zoo.theta[0].zero_()
+            return super().sample(n)
+
+    for at in ("fit", "sampling"):
+        e = experiment(folder)
+        e.add("own", Reaches())
+        with pytest.raises(ValueError, match=f"'original' were changed in place by the {at} of method 'own'"):
+            e.theta("own")
+        with pytest.raises(ValueError, match="'original' were changed in place"):  # and nothing is computed from them any more
+            e.frame([AVERAGE])
+
+
+def test_what_is_handed_out_and_changed_is_found(done, folder):
+    e = experiment(folder)
+    e.theta(AVERAGE).numpy()[0, 0] += 1
+    with pytest.raises(ValueError, match="'average' were changed in place"):
+        e.frame([AVERAGE])
+    for ask in (e.wrong, e.predictions):
+        ask(ORIGINAL).zero_()
+        assert torch.equal(ask(ORIGINAL), getattr(done, ask.__name__)(ORIGINAL))
+    e = experiment(folder, test_images=60)  # its predictions are not kept yet
+    with torch.no_grad():
+        next(e.net.parameters()).zero_()
+    with pytest.raises(ValueError, match="the trained network was changed in place"):
+        e.wrong(ORIGINAL)
+    e = experiment(folder, permutations=0, zoo_lr=0.02)  # nor is its zoo
+    e.net.get_buffer("bn1.running_var").zero_()
+    with pytest.raises(ValueError, match="the trained network was changed in place"):
+        e.zoo
+
+
+def test_originals_that_are_all_the_same_are_said_before_any_method_is_fitted(folder, done, monkeypatch):
+    e = experiment(folder, zoo_lr=0.0)
+    assert len(e.wrong(ORIGINAL)) == 6  # themselves they can be looked at
+    monkeypatch.setattr(training, "loop", forbidden)
+    for name in (PDIFF, AVERAGE):
+        with pytest.raises(ValueError, match="all 6 originals are the same vector: expected at least two different ones"):
+            e.theta(name)
+
+
+def test_a_tensor_that_is_the_same_in_all_originals_is_named(folder, done):
+    e = experiment(folder)
+    z = dataclasses.replace(e.zoo, theta=e.zoo.theta.clone())
+    at, size = sum(e.subset.sizes[:1]), e.subset.sizes[1]
+    z.theta[:, at:at + size] = 0.5
+    e.zoo = z
+    e._kept.keep(ORIGINAL, z.theta)
+    with pytest.warns(UserWarning, match=f"1 of 4 tensors are the same in all 6 originals .{e.subset.names[1]}.:"):
+        e.learned_from
+
+
+def test_vectors_of_all_floats_are_evaluated_alike_and_others_refused(done, unchecked):
+    theta = done.zoo.theta.bfloat16().float()
+    want, frame = done.wrong_of(theta), done.frame_of("own", theta)
+    for change in (torch.Tensor.double, torch.Tensor.bfloat16, torch.Tensor.numpy, lambda t: t.clone().requires_grad_()):
+        assert torch.equal(done.wrong_of(change(theta)), want)
+        pd.testing.assert_frame_equal(done.frame_of("own", change(theta)), frame)
+    wrong = {"theta.None.": theta[0], "in 6 of 6": theta / 0, "int64": theta.long(), "shape": theta[:, 1:]}
+    for message, bad in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            done.wrong_of(bad)
+
+
+def test_scores_that_are_not_finite_are_no_class(done):
+    theta = done.zoo.theta.clone()
+    theta[1] = 3e38
+    with pytest.warns(UserWarning, match="NaN or infinit"):
+        predictions = done.predictions_of(theta)
+    assert (predictions[1] == -1).all() and (predictions[[0, *range(2, 6)]] >= 0).all()
+    assert done.wrong_of(theta)[1].all() and predictions.dtype == torch.int16
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A trained network's weights in a file; how good they are on the test images."""
+    tmp_path = tmp_path_factory.mktemp("weights")
+    e = experiment(tmp_path, base_epochs=25, base_lr=0.01, crop_scale=1.0)
+    save_file(e.net.state_dict(), tmp_path / "w.safetensors")
+    x, y = e.images.prepare(e.images.x_test), e.images.y_test
+    with torch.no_grad():
+        return tmp_path / "w.safetensors", float((e.net(x).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_the_first_accuracy_of_weights_is_printed(weights, tmp_path, capsys, recwarn, epochs):
+    file, accuracy = weights
+    assert accuracy > 0.5
+    shared, changes = {}, {**SMALL, "weights": str(file), "base_epochs": epochs}
+    for _ in range(2):  # once for all that share
+        e = Experiment(Recipe.of(**changes), runs.Store(tmp_path), "cpu", False, shared)
+        assert not e.net.training
+    out = capsys.readouterr().out
+    assert out.count("test images are right before any training") == 1
+    assert f"weights '{file}': {accuracy:.1%} of 100 test images" in out and not recwarn.list
+
+
+@pytest.mark.parametrize("change", ["scale", "order", "head"])
+def test_weights_near_chance_are_warned_of_before_any_work(weights, tmp_path, monkeypatch, change):
+    state = load_file(weights[0])
+    if change == "scale":  # as if trained on inputs 40 times as large and far from 0
+        state["conv1.0.weight"] = state["conv1.0.weight"] / 400
+        state["conv1.1.running_mean"] = state["conv1.1.running_mean"] + 4
+    if change == "order":
+        state |= {k: state[k].roll(3, 0) for k in ("fc.weight", "fc.bias")}
+    if change == "head":
+        state["fc.weight"] = torch.randn(state["fc.weight"].shape, generator=torch.Generator().manual_seed(0))
+        state["fc.bias"] = torch.zeros(10)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "other.safetensors")
+    monkeypatch.setattr(training, "loop", forbidden)
+    with pytest.warns(UserWarning, match="near chance .* input scale .* another order, or with another head"):
+        with pytest.raises(AssertionError, match="computed although"):
+            experiment(tmp_path, weights=str(tmp_path / "other.safetensors")).net
 
 
 def test_an_interrupted_training_does_not_change_the_next(done, tmp_path, monkeypatch):

@@ -66,15 +66,101 @@ def test_weights_round_trip(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-def test_weights_that_do_not_fit_name_the_keys(tmp_path):
-    state = networks.create("convnet-mini", 10).state_dict()
-    state["extra"] = state.pop("13.bias")
-    save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"(?s)13\.bias.*extra"):
-        networks.create("convnet-mini", 10, weights=tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="size mismatch"):
-        save_file(networks.create("convnet-mini", 5).state_dict(), tmp_path / "w.safetensors")
-        networks.create("convnet-mini", 10, weights=tmp_path / "w.safetensors")
+def changed(file, change, network="test_resnet", classes=10):
+    """A file of a network's weights, with a change."""
+    state = networks.create(network, classes, image_size=None if "-" in network else 32, seed=1).state_dict()
+    state = change(state) or state
+    save_file({k: v.contiguous() for k, v in state.items()}, file)
+    return state
+
+
+def renamed(name):
+    return lambda state: {name(k): v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("name", [
+    "module.{}", "_orig_mod.{}", "model.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "state_dict.net.{}", "a.b.c.d.{}"])
+@pytest.mark.parametrize("network", ["test_resnet", "hyperrep-cnn", "mlp-mini"])
+def test_what_wrappers_put_before_names_is_taken_off(tmp_path, name, network):
+    state = changed(tmp_path / "w", renamed(name.format), network)
+    net = networks.create(network, 10, image_size=None if "-" in network else 32, weights=tmp_path / "w", seed=2)
+    assert all(torch.equal(v, state[name.format(k)]) for k, v in net.state_dict().items())
+
+
+def test_a_compiled_part_of_a_network_is_that_part(tmp_path):
+    state = changed(tmp_path / "w", renamed(lambda k: k.replace("layer1.", "layer1._orig_mod.")))
+    net = networks.create("test_resnet", 10, weights=tmp_path / "w", seed=2)
+    assert torch.equal(net.layer1[0].conv1.weight, state["layer1._orig_mod.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 0), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_floats_of_other_sizes_are_taken(tmp_path, dtype, tolerance):
+    changed(tmp_path / "w", lambda s: {k: v.to(dtype) if v.is_floating_point() else v for k, v in s.items()})
+    net, same = networks.create("test_resnet", 10, weights=tmp_path / "w"), networks.create("test_resnet", 10, seed=1)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    torch.testing.assert_close(net.state_dict(), same.state_dict(), rtol=tolerance, atol=1e-6)
+
+
+def old(state):
+    """As torch wrote it before it counted batches."""
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def test_weights_without_counts_of_batches_are_taken(tmp_path):
+    changed(tmp_path / "w", old)
+    assert networks.create("test_resnet", 10, weights=tmp_path / "w").bn1.num_batches_tracked == 0
+
+
+def with_number(key, value, count=1):
+    def change(state):
+        state[key].view(-1)[:count] = value
+    return change
+
+
+def quantised(*keys):
+    return lambda state: {k: (v * 100).to(torch.int8) if k in keys else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("change, message", [
+    (with_number("bn1.running_var", float("nan")), r"^weights '.*w': bn1.running_var holds NaN or infinity in 1 of \d+ "),
+    (with_number("fc.weight", float("-inf"), 7), "fc.weight holds NaN or infinity in 7 of"),
+    (lambda s: {k: v.double() * (1e300 if k == "fc.bias" else 1) if v.is_floating_point() else v for k, v in s.items()},
+     "fc.bias holds NaN or infinity in 10 of 10 numbers: expected finite ones, also as float32"),
+    (lambda s: [v.fill_(float("nan")) for v in s.values() if v.is_floating_point()] and None,
+     r"bn1.bias holds NaN .* \(and so do .*, .*, .* and \d+ more\)"),
+    (with_number("bn1.running_var", -0.5, 2), "bn1.running_var holds a negative variance in 2 of .*expected none below 0"),
+    (quantised("fc.weight"), "fc.weight holds numbers of type torch.int8: expected floats of 16, 32 or 64 bits; quantised"),
+    (lambda s: {k: v.to(torch.int64) for k, v in s.items()}, "holds numbers of type torch.int64: expected floats"),
+    (lambda s: {k: v.to(torch.float8_e4m3fn) if "fc" in k else v for k, v in s.items()}, "type torch.float8_e4m3fn"),
+    (lambda s: {k: v > 0 if "fc" in k else v for k, v in s.items()}, "type torch.bool")])
+def test_weights_that_are_no_numbers_are_refused_where_they_are_read(tmp_path, change, message):
+    changed(tmp_path / "w", change)
+    with pytest.raises(ValueError, match=message) as error:
+        networks.create("test_resnet", 10, weights=tmp_path / "w")
+    assert str(error.value).count("\n") == 0
+
+
+def averaged(state):
+    """As `torch.optim.swa_utils.AveragedModel` has it."""
+    return {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in state.items()}}
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: {"extra" if k == "fc.bias" else k: v for k, v in s.items()},
+     r"test_resnet with 10 classes: not all of its tensors are the network's\nmissing: fc.bias\nunexpected: extra$"),
+    (averaged, "92 of its 93 names begin with 'module.'; expected all, but not n_averaged$"),
+    (lambda s: {**s, "ema.fc.bias": s["fc.bias"].clone()}, r"not all of its.*\nunexpected: ema.fc.bias$"),
+    (lambda s: networks.create("resnet18", 10).state_dict(), "another network's\nmissing: .*, .*, .* and \\d+ more\nunexp"),
+    (lambda s: {"a.b.weight": torch.zeros(3)}, "they are another network's"),
+    (lambda s: networks.create("test_resnet", 5).state_dict(),
+     r"with 10 classes: they are for 5 classes\nanother shape: fc.weight \[5, \d+\] \(expected \[10, \d+\]\), fc.bias \[5\]"),
+    (lambda s: networks.create("test_resnet", 10, in_chans=1).state_dict(), r"\nanother shape: conv1.*expected \[\d+, 3,")])
+def test_weights_that_do_not_fit_say_why_in_a_few_lines(tmp_path, change, message):
+    changed(tmp_path / "w", change)
+    with pytest.raises(ValueError, match=message) as error:
+        networks.create("test_resnet", 10, weights=tmp_path / "w")
+    assert str(error.value).count("\n") < 10 and len(str(error.value)) < 1000
+    assert error.value.__cause__ is None  # torch's own message lists every name
 
 
 class _Trap:

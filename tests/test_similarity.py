@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import nn
 
 from pdiff_lib import similarity
 
@@ -108,6 +109,28 @@ def test_copies_are_at_distance_zero():
     assert similarity.distance(originals[[2, 4]], originals).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("measure", [similarity.distance, similarity.outside_span])
+def test_both_measures_take_all_floats_and_refuse_the_rest(unchecked, measure):
+    theta, originals = random(4, 12).bfloat16().half().float(), random(6, 12, seed=1).bfloat16().half().float()
+    kinds = [torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.numpy, lambda t: nn.Parameter(t)]
+    want = measure(theta, originals)
+    for change, other in itertools.product(kinds, kinds):
+        found = measure(change(theta), other(originals))
+        assert torch.equal(found, want) and found.dtype == torch.float32 and not found.requires_grad
+    for a, b, message in ((theta.long(), originals, "torch.int64"), (theta, originals.long(), "torch.int64"),
+                          (theta[0], originals, "a single vector is theta.None."), (theta / 0, originals, "in 4 of 4 vectors"),
+                          (theta, originals / 0, "in 6 of 6 vectors"), (theta.tolist(), originals, "a list"),
+                          (theta[:, 1:], originals, r"shape \[4, 11\]: expected \[vectors, 12\]")):
+        with pytest.raises(ValueError, match=message):
+            measure(a, b)
+
+
+@pytest.mark.parametrize("m, k", [(1, 1), (2, 3), (3, 2)])
+def test_excluding_oneself_from_distances_needs_the_originals_themselves(m, k):
+    with pytest.raises(ValueError, match=f"exclude_self with {m} networks and {k} originals"):
+        similarity.distance(random(m, 5), random(k, 5), exclude_self=True)
+
+
 # ---------------------------------------------------------------- outside the span
 
 ORIGINALS = torch.cat([random(5, 8) + 3, torch.full((5, 4), 2.0)], dim=1)  # constant along the last four axes
@@ -129,6 +152,12 @@ def test_directions_that_no_original_has_lie_outside():
     extra[:, 8:] = random(3, 4, seed=3)
     share = similarity.outside_span(ORIGINALS.mean(0) + extra, ORIGINALS)
     np.testing.assert_allclose(share.numpy(), 1, rtol=1e-5)
+
+
+def test_originals_that_are_all_the_same_span_nothing():
+    """Their mean differs from them by rounding, which is no direction."""
+    originals = torch.full((7, 12), 0.1)
+    assert similarity.outside_span(originals + torch.linspace(1, 2, 12), originals).tolist() == [1] * 7
 
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 3.0])

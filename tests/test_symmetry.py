@@ -131,6 +131,32 @@ def test_augmentation_puts_permuted_copies_after_the_originals():
     torch.testing.assert_close(outputs(net, sub, more, x), outputs(net, sub, theta, x).repeat(3, 1, 1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", [
+    torch.Tensor.double, torch.Tensor.bfloat16, lambda t: t.requires_grad_(), torch.Tensor.numpy])
+def test_all_floats_are_taken_and_none_is_changed(change):
+    _, _, groups, theta = prepared("hyperrep-cnn")
+    theta = theta.bfloat16().float()
+    given, orders = change(theta.clone()), symmetry.random(groups, 3, seeded())
+    calls = [lambda t: symmetry.permute(t, groups, orders), lambda t: symmetry.augment(t, groups, 1, seeded()),
+             lambda t: symmetry.align(t, t[0], groups), lambda t: symmetry.augment(t, groups, 0)]
+    for call in calls:
+        found = call(given)
+        assert torch.equal(found, call(theta)) and found.dtype == torch.float32 and not found.requires_grad
+        found.zero_()
+        assert torch.equal(torch.as_tensor(given).float(), theta)
+
+
+def test_permutations_are_drawn_where_the_generator_lives(unchecked, monkeypatch):
+    """A CUDA generator cannot be made here: whoever draws must ask for its device."""
+    class Cuda:
+        device = torch.device("cuda", 1)
+
+    asked, draw = [], torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, device: asked.append(device) or draw(*shape))
+    found = symmetry.random((torch.arange(12).reshape(3, 4), torch.arange(10).reshape(5, 2)), 2, Cuda())
+    assert asked == [Cuda.device] * 2 and [(p.shape, p.device.type) for p in found] == [((2, 3), "cpu"), ((2, 5), "cpu")]
+
+
 class Twisted(nn.Module):
     """Looks like a sequence, and is none."""
 
@@ -172,3 +198,13 @@ def test_wrong_shapes_are_named(unchecked):
         symmetry.permute(theta, groups, symmetry.random(groups, 2))
     with pytest.raises(ValueError, match=r"the reference has shape \[7\]: expected \[10853\]"):
         symmetry.align(theta, torch.zeros(7), groups)
+    lost = symmetry.random(groups, 3)
+    lost[1][2] = lost[1][2, 0]  # 32 times the same unit
+    with pytest.raises(ValueError, match="permutations of 32 units do not hold each of them once"):
+        symmetry.permute(theta, groups, lost)
+    for bad, message in ((theta.long(), "torch.int64"), (theta / 0, "NaN or infinity in 3 of 3"), (theta[0], "theta.None.")):
+        orders = symmetry.random(groups, 3)
+        for use in (lambda t: symmetry.permute(t, groups, orders), lambda t: symmetry.augment(t, groups, 1),
+                    lambda t: symmetry.align(t, theta[0], groups), lambda t: symmetry.align(theta, t[0], groups)):
+            with pytest.raises(ValueError, match=f"{message}|shape|in 1 of 1"):
+                use(bad)

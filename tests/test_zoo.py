@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from pdiff_lib import data, recipe, runs, subset, training, zoo
@@ -226,6 +227,39 @@ def test_what_is_no_zoo_is_refused(tmp_path):
     runs.write(tmp_path / "stage", {"theta": torch.zeros(2, 2)}, {"seconds": 1})
     with pytest.raises(ValueError, match="expected a zoo"):
         zoo.load(tmp_path / "stage")
+
+
+def test_checkpoints_that_are_not_the_workbooks_are_told_how_to_come_in(net, norm, tmp_path):
+    states = [{k: v + i for k, v in net.state_dict().items()} for i in range(3)]
+    save_file(states[0], tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=r"not a zoo of this workbook \(it holds .* and \d+ more\): bring .*") as error:
+        zoo.load(tmp_path / "foreign.safetensors")
+    how = str(error.value).partition("of your own with ")[2]
+    eval(how, {"Zoo": zoo.Zoo, "torch": torch, "sub": norm, "states": states, "path": tmp_path / "zoo"})
+    assert torch.equal(zoo.load(tmp_path / "zoo", norm).theta, torch.tensor([[1.0 + i] * 4 + [0.0 + i] * 4 for i in range(3)]))
+
+
+@pytest.mark.parametrize("theta, message", [
+    (torch.zeros(3, 7), r"shape \[3, 7\]: expected \[vectors, 8\]"),
+    (torch.full((3, 8), torch.nan), "NaN or infinity in 3 of 3"),
+    (torch.zeros(3, 8, dtype=torch.int64), "numbers of type torch.int64"), (torch.zeros(8), "a single vector is theta.None.")])
+def test_a_zoo_holds_vectors_of_its_subset(unchecked, norm, tmp_path, theta, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.Zoo(theta, norm.names, norm.shapes, torch.empty(0))
+    runs.write(tmp_path / "zoo", {"theta": theta, "losses": torch.empty(0)},
+               {"names": norm.names, "shapes": [list(s) for s in norm.shapes]})
+    with pytest.raises(ValueError, match=message):
+        zoo.load(tmp_path / "zoo")
+
+
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t.bfloat16(), lambda t: t.numpy().astype(">f8"),
+                                    lambda t: t.clone().requires_grad_()])
+def test_a_zoo_takes_all_floats(norm, tmp_path, change):
+    theta = torch.arange(24.0).reshape(3, 8)
+    z = zoo.Zoo(change(theta), norm.names, norm.shapes, torch.empty(0))
+    z.save(tmp_path / "zoo")
+    for found in (z.theta, zoo.load(tmp_path / "zoo").theta):
+        assert torch.equal(found, theta) and found.dtype == torch.float32 and not found.requires_grad
 
 
 def test_defaults_are_the_papers():
