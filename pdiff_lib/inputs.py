@@ -75,7 +75,7 @@ def _texts(name: str, setting: str, value: Any) -> Iterator[tuple[str, str, str]
 
 def _places(setting: str, text: str, base: Path) -> list[Path]:
     """Where what is meant would be."""
-    if setting == "dataset" and text != "digits":
+    if setting == "dataset" and text not in ("", "digits"):
         from pdiff_lib import sources  # torchvision: a second that few commands need
 
         if text in sources.KNOWN:
@@ -83,11 +83,12 @@ def _places(setting: str, text: str, base: Path) -> list[Path]:
             stored = _existing([folder / f"{text}-{part}.parquet" for part in ("train", "test")])
             return stored or [folder / text] * (text == "imagenet")
         return [base / part.strip() for part in (text.split(",") if text.endswith(".parquet") else [text])]
-    if not text or setting in recipe.names() and setting != "weights":
-        return []
-    if setting == "weights" or not (PROJECT / "pyproject.toml").is_file():
-        return [base / text]
-    return [base / text, PROJECT / text]  # the tables that notebooks show are meant from the project
+    if setting in recipe.names():
+        return [base / text] * (setting == "weights" and text != "")
+    # The tables that notebooks show are meant from the project. A "." or "/" is no path, and what lies around the working
+    # folder is no input.
+    places = [base / text, *([PROJECT / text] if (PROJECT / "pyproject.toml").is_file() else [])]
+    return [p for p in _existing(places) if re.search(r"\w", text) and p not in base.resolve().parents]
 
 
 def _existing(places: Sequence[Path]) -> list[Path]:
@@ -95,7 +96,7 @@ def _existing(places: Sequence[Path]) -> list[Path]:
 
 
 def digest(path: Path) -> str:
-    """Hex digest of a file's content, or of the names and contents of all files in a folder, hidden ones left out.
+    """Hex digest of a file's content, or of the names and contents of all files in a folder, without hidden ones and the runs.
 
     The digest is kept under `runs/inputs`, and computed again when inode, size or a time (of content or inode) differs.
     """
@@ -127,10 +128,11 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
     if not path.is_dir():
         yield "", path
         return
-    seen, found = set(), {}
+    seen, found, own = set(), {}, root().resolve()
     for folder, below, names in os.walk(path, followlinks=True, onerror=_raise):
         inode = os.stat(folder).st_ino, os.stat(folder).st_dev
-        below[:] = [] if inode in seen else [n for n in below if not n.startswith(".") and n != "__pycache__"]
+        below[:] = [] if inode in seen else [n for n in below if not n.startswith(".") and n != "__pycache__"
+                                               and Path(folder, n) != own]
         seen.add(inode)  # a link to a folder above has no end
         for name in (*below, *names):
             if not name.startswith(".") and os.path.exists(p := os.path.join(folder, name)):

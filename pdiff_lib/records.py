@@ -33,7 +33,8 @@ def digest(value: Any) -> str:
     try:
         text = json.dumps(value, sort_keys=True, allow_nan=False)
     except ValueError as e:
-        raise ValueError(f"{', '.join(where for where, _ in _infinite('', value)) or value!r}: expected finite numbers ({e})") from e
+        places = ", ".join(place for place, _ in _infinite("", value)) or repr(value)
+        raise ValueError(f"{places}: expected finite numbers ({e})") from e
     return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
 
