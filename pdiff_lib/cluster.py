@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from pdiff_lib import jobs, runs
+from pdiff_lib import inputs, jobs, runs
 
 RETRIES = 3  # when a worker or a node dies
 
 
-def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float) -> Iterator[tuple[jobs.Job, str]]:
+def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float, force: bool) -> Iterator[tuple[jobs.Job, str]]:
     """Make runs on a cluster whose nodes have this version of the library; yields each with its error ("": complete).
 
     A task whose worker, kernel or node dies is tried again, on another node if need be; one whose cell fails is not.
@@ -21,6 +23,7 @@ def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float) -> Iter
         todo: the runs.
         address: of the cluster ("HOST:6379", or "auto" on one of its machines).
         cpus, gpus: what a run occupies.
+        force: make them although they are complete.
 
     Raises:
         ValueError: Ray is not installed, or the cluster cannot be reached.
@@ -39,9 +42,14 @@ def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float) -> Iter
         ray.init(address=address, runtime_env={"env_vars": own}, log_to_driver=False, logging_level="warning")
     except Exception as e:  # ConnectionError, ValueError, RuntimeError, ...
         raise ValueError(f"no Ray cluster at {address!r} ({e}): start one with 'ray start --head'") from e
+    there = ray.cluster_resources().get("GPU", 0)
+    if there and not gpus:
+        warnings.warn(f"Ray hides the cluster's {there:g} GPUs from runs that ask for none: they compute on the CPU; expected --gpus 1 "
+                      "(or a share, such as --gpus 0.5, for two runs per GPU)", stacklevel=2)
     try:
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=[jobs.Died])(_task)
-        at_work = {task.remote(_portable(job), job.values, job.folder.name, cpus): job for job in todo}
+        at_work = {task.remote(_portable(job), job.values, str(job.base), inputs.digests(job.inputs), job.folder.name, cpus, force): job
+                   for job in todo}
         while at_work:
             (ready,), _ = ray.wait(list(at_work))
             job = at_work.pop(ready)
@@ -61,14 +69,19 @@ def _portable(job: jobs.Job) -> str:
     return job.notebook.stem if job.notebook.parent == jobs.NOTEBOOKS else str(job.notebook.resolve())
 
 
-def _task(notebook: str, values: dict[str, Any], folder: str, threads: int) -> tuple[str, str]:
+def _task(notebook: str, values: dict[str, Any], base: str, made_of: dict[str, list[str]], folder: str, threads: int,
+          force: bool) -> tuple[str, str]:
     node = socket.gethostname()
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     try:
-        job = jobs.plan(jobs.find(notebook), values)
+        job = jobs.plan(jobs.find(notebook), values, Path(base))
+        here = inputs.digests(job.inputs)
+        if odd := sorted(name for name in made_of.keys() | here.keys() if made_of.get(name) != here.get(name)):
+            return node, (f"{node} has other files than the machine of the sweep for {', '.join(odd)}: expected the same content "
+                          f"at the same paths (relative ones from {base}, data sets by name in $PDIFF_DATA)")
         if job.folder.name != folder:
             return node, f"{node} has another version of pdiff_lib or of {notebook}: expected the same on all nodes"
-        jobs.execute(job, progress=False)
+        jobs.execute(job, force, progress=False)
         return node, ""
     except jobs.Died:
         raise

@@ -12,10 +12,9 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
+from pdiff_lib.parameters import load as load  # of settings, mostly
 
 
 def setting(default, low=None, high=None, choices=None):
@@ -224,51 +223,6 @@ def split(settings: Mapping[str, Any], *sections: type) -> list[Any]:
     return [c(**{n: v for n, v in settings.items() if known[n] is c}) for c in sections]
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file under `params/`, with numbers like `1e-4` (text to YAML 1.1) read as numbers.
-
-    Raises:
-        ValueError: the file is missing, is not a mapping, or is not YAML.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no parameter file {str(path)!r}")
-    values = parse(str(path), path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}: expected 'name: value' lines")
-    return {k: number(v) for k, v in values.items()}
-
-
-def parse(name: str, text: str) -> Any:
-    """YAML text as a value, numbers as in `load`.
-
-    Raises:
-        ValueError: not YAML; the message names where it stood, on one line.
-    """
-    try:
-        return number(yaml.safe_load(text))
-    except yaml.YAMLError as e:
-        raise ValueError(f"{name} is not YAML: {' '.join(str(e).split())}") from e
-
-
-def number(value: Any) -> Any:
-    """Text that YAML 1.1 should have read as a number (`1e-4`) as that number; anything else unchanged.
-
-    >>> number("1e-4"), number("digits"), number(["2e-5", 1])
-    (0.0001, 'digits', [2e-05, 1])
-    """
-    if isinstance(value, list):
-        return [number(v) for v in value]
-    if isinstance(value, dict):
-        return {k: number(v) for k, v in value.items()}
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def convert(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind` where that loses nothing (int to float, list to tuple).
 
@@ -282,7 +236,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} is {value!r} ({type(value).__name__}): expected {kind.__name__}")
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}): expected {kind.__name__}{' (True or False)' * (kind is bool)}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}: expected a finite number")
     return value

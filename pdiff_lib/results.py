@@ -8,11 +8,15 @@ from typing import Any
 
 import pandas as pd
 
-from pdiff_lib import recipe, runs, storage, sweep
+from pdiff_lib import jobs, parameters, runs, storage, sweep
+from pdiff_lib.records import dumps, loads
+
+PROJECT = Path(__file__).resolve().parent.parent
 
 
 def collect(grid: sweep.Sweep) -> pd.DataFrame:
-    """The runs of a sweep that are present, whichever version of the code made them (the newest counts).
+    """The runs of a sweep that are present, whichever version of the code made them (the newest counts), of what they would
+    read now: a run over other files of the same names is another run.
 
     Returns:
         A row per network (`Experiment.frame`) or, of notebooks that keep none, a row per run (its numbers); with the
@@ -23,19 +27,20 @@ def collect(grid: sweep.Sweep) -> pd.DataFrame:
         ValueError: none is present.
     """
     folder = grid.jobs[0].folder.parent
-    storage.fetch_each(folder, ("parameters.yaml", "networks.parquet", "record.json"))
-    found: dict[str, tuple[str, Path, dict[str, Any]]] = {}
+    storage.fetch_each(folder, ("parameters.yaml", "inputs.yaml", "networks.parquet", "record.json"))
+    found: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {}
     for file in folder.glob("*/record.json"):
-        record, parameters = json.loads(file.read_text()), file.with_name("parameters.yaml")
+        record, given = loads(file.read_text()), file.with_name("parameters.yaml")
         known = next((job.values for job in grid.jobs if job.folder.name == file.parent.name), None)  # by plain papermill
-        values = runs.digest(known or (recipe.load(parameters) if parameters.is_file() else {}))
-        found[values] = max(found.get(values, ("",)), (record["created"], file.parent, record))
+        values = runs.digest(known or (parameters.load(given) if given.is_file() else {}))
+        found.setdefault(values, []).append((record["created"], file.parent, record))
     parts, missing, other = [], [], 0
     for job in grid.jobs:
-        if (key := runs.digest(job.values)) not in found:
+        own = [f for f in found.get(runs.digest(job.values), []) if jobs.fits(job, f[1])]
+        if not own:
             missing.append(grid.label(job))
             continue
-        _, where, record = found[key]
+        _, where, record = max(own, key=lambda f: f[:2])
         other += where.name != job.folder.name
         table = where / "networks.parquet"
         part = pd.read_parquet(table) if table.is_file() else pd.json_normalize(record["numbers"])
@@ -74,15 +79,30 @@ def records(notebook: str = "") -> list[dict[str, Any]]:
     Returns:
         The contents of their `record.json`, with `where` (the file's path) and `scale` (what was run, in words).
     """
-    found, project = {}, Path(__file__).resolve().parent.parent
-    for file in (*project.glob("figures/*-record.json"), *runs.root().glob("*/*/record.json")):
-        content = json.loads(file.read_text())
+    found = {}
+    for file in _files():
+        content = loads(file.read_text())
         if content["notebook"] == notebook or not notebook:
             s = content["settings"]
             parts = (s.get("network"), s.get("dataset"), f"{s['image_size']} px" if "image_size" in s else None)
             scale = content["numbers"].get("scale") or ", ".join(p for p in parts if p)
-            found.setdefault((content["notebook"], runs.digest([s, content["numbers"]])), {**content, "where": str(file), "scale": scale})
+            same = runs.digest(json.loads(dumps({"settings": s, "numbers": content["numbers"]})))
+            found.setdefault((content["notebook"], same), {**content, "where": str(file), "scale": scale})
     return list(found.values())
+
+
+def _files() -> list[Path]:
+    return [*PROJECT.glob("figures/*-record.json"), *runs.root().glob("*/*/record.json")]
+
+
+def newer(job: jobs.Job) -> int:
+    """How many records of other runs are newer than a complete run whose notebook shows such. They are no part of what it is
+    identified by: the runs of a sweep show each other, and would never be complete."""
+    shows = any("results.records(" in source for source in jobs.code(job.notebook))
+    if not shows and not any(str(v).endswith((".yaml", ".yml")) for v in job.values.values()):
+        return 0
+    made = job.done.stat().st_mtime
+    return sum(p.stat().st_mtime > made for p in _files() if p.parent != job.folder)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -12,18 +12,14 @@ import hashlib
 import inspect
 import json
 import os
-import platform
-import subprocess
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -31,9 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pdiff_lib import storage
+from pdiff_lib.records import Run as Run  # what a notebook needs is here
+from pdiff_lib.records import digest, environment
 from pdiff_lib.storage import root
+from pdiff_lib.storage import write_text as write_text
 
 CHECKPOINT_SECONDS = 30.0  # a kill loses less than a minute of a training loop
+SAVING = 20  # times what a save took lie between two of them: of ViT-B it takes seconds
 
 
 class DamagedFile(ValueError):
@@ -50,11 +50,6 @@ def tensor_digest(tensors: Mapping[str, Tensor] | Tensor) -> str:
         h.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
-
-
-def digest(value: Any) -> str:
-    """Hex digest of anything that JSON can hold (floats exactly, keys sorted)."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
 def code_digest(*objects: Any) -> str:
@@ -76,11 +71,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | N
 
     Raises:
         OSError: nothing could be written (a full disk, say); what stood at `path` before stands there still.
+        ValueError: a number in the note that is not finite.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # A clone per tensor: safetensors refuses tensors that share memory.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    text = json.dumps(note or {}, sort_keys=True)
+    text = json.dumps(note or {}, sort_keys=True, allow_nan=False)
     meta = {"checksum": _checksum(tensors, text), "note": text}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
@@ -113,7 +109,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and note of a file that `write` made.
 
     Raises:
-        DamagedFile: the file is cut short or altered, or is not safetensors (a pickle is refused, never executed).
+        DamagedFile: the file is cut short or altered, was never written by `write`, or is not safetensors (a pickle is
+            refused, never executed).
     """
     try:
         with safe_open(path, framework="pt") as f:
@@ -122,7 +119,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except SafetensorError as e:
         raise DamagedFile(f"{path} is not a complete safetensors file ({e}); other formats, pickle among them, "
                           "are refused") from e
-    if meta.get("checksum") != _checksum(tensors, meta.get("note")):
+    if "checksum" not in meta:
+        raise DamagedFile(f"{path} is no file of this workbook: it carries no checksum of ours (tensors: {', '.join(list(tensors)[:3])}"
+                          f"{', ...' * (len(tensors) > 3)}); expected what the workbook wrote, such as Zoo.save. Checkpoints of "
+                          "your own come in as Zoo(theta [K D], subset.names, subset.shapes, losses), a trained network as weights")
+    if meta["checksum"] != _checksum(tensors, meta.get("note")):
         raise DamagedFile(f"{path} was altered after it was written: its checksum does not match its content")
     return tensors, json.loads(meta["note"])
 
@@ -131,7 +132,7 @@ class Checkpoint:
     """Where an unfinished stage keeps its state; with `path=None` it keeps nothing."""
 
     def __init__(self, path: Path | None = None):
-        self.path, self.last = path, time.monotonic()
+        self.path, self.last, self.seconds = path, time.monotonic(), 0.0
 
     def load(self) -> dict[str, Tensor] | None:
         """The last saved state, or None when there is none that is whole."""
@@ -144,13 +145,15 @@ class Checkpoint:
             return None
 
     def due(self) -> bool:
-        """Whether the last save is long enough ago."""
-        return self.path is not None and time.monotonic() - self.last > CHECKPOINT_SECONDS
+        """Whether the last save is long enough ago, for a kill and for what a save takes."""
+        return self.path is not None and time.monotonic() - self.last > max(CHECKPOINT_SECONDS, SAVING * self.seconds)
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Keep this state instead of the one before."""
+        start = time.monotonic()
         write(self.path, state)
         self.last = time.monotonic()
+        self.seconds = self.last - start
 
 
 class Store:
@@ -158,9 +161,11 @@ class Store:
 
     Args:
         folder: by default `stages/` under `root()`.
+        device: what its stages are computed on, for their notes; None: what each stage's key says.
     """
 
-    def __init__(self, folder: str | Path | None = "default"):
+    def __init__(self, folder: str | Path | None = "default", device: str | torch.device | None = None):
+        self.device = device
         self.folder = root() / "stages" if folder == "default" else Path(folder) if folder is not None else None
         self._seconds: dict[tuple[str, str], float] = {}
         self._uses: list[float] = []
@@ -191,6 +196,9 @@ class Store:
 
         Returns:
             CPU tensors by name.
+
+        Raises:
+            ValueError: a number in the key that is not finite: it would equal nothing, itself included.
         """
         if self.folder is None:
             return {k: v.detach().cpu() for k, v in compute(Checkpoint()).items()}
@@ -211,7 +219,8 @@ class Store:
             start = time.perf_counter()
             tensors = {k: v.detach().cpu() for k, v in compute(Checkpoint(partial)).items()}
             seconds = time.perf_counter() - start
-            write(path, tensors, {"name": name, "key": dict(key), "seconds": seconds, **environment()})
+            write(path, tensors, {"name": name, "key": dict(key), "seconds": seconds,
+                                  **environment(self.device or key.get("device"))})
             partial.unlink(missing_ok=True)
             storage.push(path)
             self._count(name, identity, seconds)
@@ -229,61 +238,3 @@ def waiting(lock: FileLock, what: str) -> AbstractContextManager:
     except Timeout:
         print(f"another process is at work on the {what}: waiting for it")
         return lock.acquire()
-
-
-def environment() -> dict[str, Any]:
-    """Where and with what something was computed: versions, device, commit, time."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    cuda = torch.cuda.is_available()
-    return {
-        "torch": torch.__version__, "python": platform.python_version(), "commit": commit or "unknown",
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-class Run:
-    """The folder of one run of a notebook: its figures and its record.
-
-    Args:
-        notebook: its name without ending ("00_quickstart").
-        settings: everything that it was run with.
-
-    Attributes:
-        folder: the one that `pdiff run` prepared (`$PDIFF_RUN_DIR`), else `runs/NOTEBOOK/<digest of the settings>`.
-    """
-
-    def __init__(self, notebook: str, settings: Mapping[str, Any]):
-        self.notebook, self.settings, self.start = notebook, dict(settings), time.perf_counter()
-        self.folder = Path(os.environ.get("PDIFF_RUN_DIR") or root() / notebook / digest(self.settings))
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def record(self, numbers: Mapping[str, Any], seconds: Mapping[str, float] | None = None,
-               networks: pd.DataFrame | None = None) -> Path:
-        """Write `record.json`, and with `networks` (rows of `Experiment.frame`) `networks.parquet`, for tables over many runs.
-
-        Args:
-            numbers: what the notebook found, as JSON.
-            seconds: per stage, as computed, also when it was read back.
-            networks: a row per network.
-        """
-        if networks is not None:
-            temporary = self.folder / f".networks.{os.getpid()}"
-            networks.to_parquet(temporary, index=False)
-            os.replace(temporary, self.folder / "networks.parquet")
-        content = {"notebook": self.notebook, "settings": self.settings, "numbers": dict(numbers),
-                   "seconds_per_stage": {k: round(v, 2) for k, v in (seconds or {}).items()},
-                   "seconds": round(time.perf_counter() - self.start, 1), **environment()}
-        return write_text(self.folder / "record.json", json.dumps(content, indent=1, default=float))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a small text file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-    return path

@@ -23,6 +23,14 @@ def root() -> Path:
     return Path(os.environ.get("PDIFF_RUNS") or default)
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a small text file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    return path
+
+
 def check(url: str) -> None:
     """Refuse a storage that cannot be written, before any work.
 

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 
-from pdiff_lib import cluster, jobs, recipe, runs, storage
+from pdiff_lib import cluster, jobs, parameters, recipe, runs, storage
 
 KEYS = ("notebook", "base", "parameters", "grid", "seeds")
 SEEDS = ("seed", "pdiff_seed")  # what `seeds` sets together: all randomness but the choice of the images
@@ -70,7 +69,7 @@ def load(path: str | Path) -> Sweep:
             given twice, two runs that are the same.
     """
     path = Path(path)
-    content = recipe.load(path)
+    content = parameters.load(path)
     for key in content:
         if key not in KEYS:
             raise ValueError(f"{path}: {recipe.unknown('key', key, KEYS)}")
@@ -83,9 +82,9 @@ def load(path: str | Path) -> Sweep:
             raise ValueError(f"{path}: {key} is {value!r}: expected 'name: value' lines")
     given: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        given |= recipe.load(path.parent / base)
-    given |= {n: recipe.number(v) for n, v in fixed.items()}
-    axes = [[{name: recipe.number(v)} for v in _values(path, name, values)] for name, values in grid.items()]
+        given |= parameters.load(path.parent / base)
+    given |= fixed
+    axes = [[{name: v} for v in _values(path, name, values)] for name, values in grid.items()]
     if "seeds" in content:
         names = [n for n in SEEDS if n in jobs.defaults(notebook)]
         if not names:
@@ -98,9 +97,10 @@ def load(path: str | Path) -> Sweep:
         if name in fixed:
             raise ValueError(f"{path}: {name} is in the grid and in parameters: expected one of them")
     found: dict[Path, jobs.Job] = {}
+    known: dict[Path, str] = {}  # what many runs read is looked at once
     for point in itertools.product(*axes):
         own = {name: value for part in point for name, value in part.items()}
-        job = jobs.plan(notebook, given | own)
+        job = jobs.plan(notebook, given | own, known=known)
         if job.folder in found:
             raise ValueError(f"{path}: {own} is in the grid twice")
         found[job.folder] = job
@@ -114,16 +114,22 @@ def _values(path: Path, name: str, values: Any) -> list[Any]:
 
 
 def command(job: jobs.Job) -> str:
-    """A run as one line of shell around plain papermill, for `xargs` or a Slurm array; complete when it has ended well."""
-    folder = shlex.quote(str(job.folder.resolve()))
-    done, unfinished = (shlex.quote(str(p.resolve())) for p in (job.done, job.unfinished))
-    values = shlex.quote(yaml.safe_dump(job.values, default_flow_style=True, width=sys.maxsize).strip())
-    return (f"mkdir -p {folder} && PDIFF_RUN_DIR={folder} papermill {shlex.quote(str(job.notebook))} {unfinished} -y {values} "
+    """A run as one line of shell around plain papermill, for `xargs` or a Slurm array; complete when it has ended well.
+
+    It goes to the folder, and to the data sets, that the sweep was planned for, wherever it is executed.
+    """
+    from pdiff_lib import sources  # torchvision: a second that a sweep itself does not need
+
+    base, folder, done, unfinished = (shlex.quote(str(p.absolute())) for p in (job.base, job.folder, job.done, job.unfinished))
+    notebook, output = (shlex.quote(jobs.literal(p.absolute())) for p in (job.notebook, job.unfinished))
+    values = shlex.quote(parameters.dump(job.values, lines=False).strip())
+    places = f"PDIFF_RUN_DIR={folder} PDIFF_DATA={shlex.quote(str(job.base / sources.root_of(None)))}"
+    return (f"mkdir -p {folder} && cd {base} && {places} papermill {notebook} {output} -y {values} "
             f"&& mv {unfinished} {done}")
 
 
 def run(sweep: Sweep, workers: int = 0, gpu_share: int = 1, ray: str = "", cpus: int = 0, gpus: float = 0.0,
-        storage_url: str = "") -> list[Outcome]:
+        storage_url: str = "", force: bool = False) -> list[Outcome]:
     """Make every run of a sweep that is not complete. A run that fails does not stop the others.
 
     Args:
@@ -134,6 +140,7 @@ def run(sweep: Sweep, workers: int = 0, gpu_share: int = 1, ray: str = "", cpus:
         cpus: cores per run; 0: this machine's, shared among the workers (1 on a cluster).
         gpus: GPUs per run on a cluster.
         storage_url: where results are pushed to and fetched from (see `storage`).
+        force: make those again that are complete.
 
     Returns:
         An outcome per run, in the order of the grid.
@@ -147,12 +154,13 @@ def run(sweep: Sweep, workers: int = 0, gpu_share: int = 1, ray: str = "", cpus:
     if storage_url:
         storage.check(storage_url)
         os.environ["PDIFF_STORAGE"] = storage_url
-    outcomes = {job.folder: Outcome(sweep.label(job), "") for job in sweep.jobs if jobs.complete(job)}
+    outcomes = {job.folder: Outcome(sweep.label(job), "") for job in sweep.jobs if not force and jobs.complete(job)}
     todo = [job for job in sweep.jobs if job.folder not in outcomes]
     print(f"{len(sweep.jobs)} runs, {len(outcomes)} of them complete")
     start = time.perf_counter()
     with tqdm(total=len(sweep.jobs), initial=len(outcomes), desc=sweep.path.stem, unit="run", disable=not todo) as bar:
-        made = cluster.make(todo, ray, cpus or 1, gpus) if ray else _here(sweep, todo, workers, gpu_share, cpus)
+        made = (cluster.make(todo, ray, cpus or 1, gpus, force) if ray else
+                _here(sweep, todo, workers, gpu_share, cpus, force))
         for job, error in made if todo else ():
             outcomes[job.folder] = Outcome(sweep.label(job), error)
             how = f"failed: {error}" if error else f"complete: {job.folder}"
@@ -161,7 +169,8 @@ def run(sweep: Sweep, workers: int = 0, gpu_share: int = 1, ray: str = "", cpus:
     return [outcomes[job.folder] for job in sweep.jobs]
 
 
-def _here(sweep: Sweep, todo: Sequence[jobs.Job], workers: int, gpu_share: int, cpus: int) -> Iterator[tuple[jobs.Job, str]]:
+def _here(sweep: Sweep, todo: Sequence[jobs.Job], workers: int, gpu_share: int, cpus: int,
+          force: bool) -> Iterator[tuple[jobs.Job, str]]:
     """Runs in processes of their own, so that one that is killed takes no other with it; yields each with its error."""
     cores, devices = len(os.sched_getaffinity(0)), _devices()
     workers = min(workers or (len(devices) * gpu_share if devices else max(1, cores // 2)), len(todo))
@@ -181,7 +190,7 @@ def _here(sweep: Sweep, todo: Sequence[jobs.Job], workers: int, gpu_share: int, 
                     environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
                 bar = {"position": slot + 1, "desc": sweep.label(job), "leave": False} if sys.stderr.isatty() else False
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, environment, bar, lock, theirs))
+                process = context.Process(target=_work, args=(job, force, environment, bar, lock, theirs))
                 process.start()
                 theirs.close()
                 running[process.sentinel] = process, ours, job, attempt, slot
@@ -215,12 +224,12 @@ def _said(pipe: Connection) -> str | None:
         return None
 
 
-def _work(job: jobs.Job, environment: dict[str, str], bar: dict[str, Any] | bool, lock, pipe: Connection) -> None:
+def _work(job: jobs.Job, force: bool, environment: dict[str, str], bar: dict[str, Any] | bool, lock, pipe: Connection) -> None:
     os.environ.update(environment)
     tqdm.set_lock(lock)
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     try:
-        jobs.execute(job, progress=bar)
+        jobs.execute(job, force, progress=bar)
         pipe.send("")
     except jobs.Died:
         pipe.close()

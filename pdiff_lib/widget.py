@@ -6,6 +6,7 @@ import base64
 import copy
 import html
 import mimetypes
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,7 +140,8 @@ class Export(widgets.HBox):
         if figure.layout.showlegend is False:  # the explorer's check boxes are its legend: alone it needs one
             alone.update_layout(showlegend=True, width=figure.layout.width + 160)
             alone.update_traces(showlegend=False, selector={"opacity": 0})
-        path = runs.root() / "exports" / f"{self.name}-{self.which.value.replace(' ', '-')}.{self.kind.value}"
+        name = re.sub(r"[^\w.,+=-]+", "-", f"{self.name}-{self.which.value}").lstrip(".-")  # a figure's name may hold a path
+        path = runs.root() / "exports" / f"{name}.{self.kind.value}"
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.kind.value == "csv":
             numbers().to_csv(path, index=False, float_format="%.6g")
@@ -159,4 +161,5 @@ class Export(widgets.HBox):
         # The page may be far from the disk that the file is on, so it carries the file.
         content = base64.b64encode(path.read_bytes()).decode()
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        self.link.value = f'<a download="{path.name}" href="data:{kind};base64,{content}">{path.name}</a>'
+        name = html.escape(path.name)
+        self.link.value = f'<a download="{name}" href="data:{kind};base64,{content}">{name}</a>'

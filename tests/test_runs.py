@@ -151,8 +151,32 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, dump):
 
 def test_a_safetensors_file_without_our_checksum_is_refused(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "x")
-    with pytest.raises(runs.DamagedFile, match="checksum"):
+    with pytest.raises(runs.DamagedFile, match="is no file of this workbook.*expected .*Zoo.save.*your own") as e:
         runs.read(tmp_path / "x")
+    assert "altered" not in str(e.value)
+    save_file({"x": torch.zeros(2)}, tmp_path / "x", metadata={"checksum": "of another", "format": "pt"})
+    with pytest.raises(runs.DamagedFile, match="altered"):
+        runs.read(tmp_path / "x")
+
+
+def test_a_checkpoint_takes_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+    now, write = [0.0], runs.write
+
+    def slow(path, state):
+        write(path, state)
+        now[0] += cost
+
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs, "write", slow)
+    checkpoint = runs.Checkpoint(tmp_path / "x")
+    for cost, least in ((0.5, 30.0), (3.0, 60.0), (10.0, 200.0), (0.1, 30.0)):
+        checkpoint.save({"x": torch.zeros(1)})
+        start = now[0]
+        now[0] = start + least - 0.01
+        assert not checkpoint.due()
+        now[0] = start + least + 0.01
+        assert checkpoint.due()
+    assert not runs.Checkpoint(None).due()
 
 
 def test_tensor_digest_sees_name_type_shape_and_content_only():

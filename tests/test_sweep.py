@@ -274,7 +274,7 @@ def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
 
     s = harness.Sweep(tmp_path, [2, 3], [0, 1], seconds=3)
     monkeypatch.setenv("PYTHONPATH", s.environment["PYTHONPATH"])  # of the nodes' workers
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
     try:
         second = cluster.add_node(num_cpus=1)
         process = s.start("--ray", cluster.address, "--cpus", "1")
@@ -284,6 +284,7 @@ def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
     finally:
         cluster.shutdown()
     assert s.losses() == s.again() == [] and "4 runs, 0 of them complete" in s.said()
+    assert s.said().count("Ray hides the cluster's 2 GPUs from runs that ask for none") == 1
     pids = [line.split()[-1] for line in s.lines("start")]
     assert len(set(pids)) > 2 and len(pids) > len(s.lines("end")), "a stage was begun, lost with its node and made again"
 

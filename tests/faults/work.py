@@ -10,7 +10,7 @@ from pdiff_lib import runs
 
 def note(log: str, *words: object) -> None:
     """A line in the log that all processes share; lines of this length are appended whole."""
-    with open(log, "a") as f:
+    with open(log.removeprefix("file:"), "a") as f:
         f.write(" ".join(map(str, words)) + "\n")
 
 
