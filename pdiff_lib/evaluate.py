@@ -9,7 +9,6 @@ memory is bounded by the batch and not by the number of vectors or images.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -19,11 +18,11 @@ from tqdm.auto import tqdm
 
 from pdiff_lib import networks, training
 from pdiff_lib.capture import Split, fast_layout, split, whole
+from pdiff_lib.kept import Kept, drop
 from pdiff_lib.subset import Subset
 from pdiff_lib.subset import vectors as as_vectors
 
 VMAP_ON_CUDA = 16  # vectors per vmap on a GPU, where one vector's rest is too small to fill it
-KEPT_SHARE = 0.25  # of the free memory, for what the evaluators of this process keep between calls
 NO_CLASS = -1  # what scores that are not finite say
 
 
@@ -45,8 +44,7 @@ class Evaluator:
         vectors_at_once: vectors that share one vmap over the rest; None takes 1 (a loop) on the CPU and 16 on CUDA.
         device: where to compute; None takes that of the network's parameters.
         progress: show a progress bar over the batches.
-        keep: bytes on the device that frozen results may take between calls, 0: none; None: what `KEPT_SHARE` leaves, for
-            which those of older evaluators are dropped.
+        keep: bytes on the device that frozen results may take between calls, 0: none; None: see `kept.Kept`.
 
     Attributes:
         classes: how many scores the network gives.
@@ -55,8 +53,6 @@ class Evaluator:
         ValueError: the arguments do not fit each other or the network.
     """
 
-    _keepers: list[weakref.ref[Evaluator]] = []  # of this process, the oldest first
-
     def __init__(self, net: nn.Module, sub: Subset, x: Shaped[Tensor, "N C H W"], *,
                  prepare: Callable[[Tensor], Tensor] | None = None, batch_size: int = 256,
                  vectors_at_once: int | None = None, device: torch.device | str | None = None, progress: bool = False,
@@ -64,12 +60,12 @@ class Evaluator:
         device = torch.device(device) if device is not None else next(net.parameters()).device
         _check(net, sub, x, device, batch_size=batch_size, vectors_at_once=vectors_at_once)
         self.net = networks.copied(net).to(device).eval().requires_grad_(False)
-        self.sub, self.x, self.prepare, self.device, self.progress, self.keep = sub, x, prepare, device, progress, keep
+        self.sub, self.x, self.prepare, self.device, self.progress = sub, x, prepare, device, progress
         # Batches of one size, so that one capture serves them all; the last is filled up with images that are not counted.
         self.batch = -(-len(x) // -(-len(x) // batch_size))
         self.vectors_at_once = vectors_at_once or (VMAP_ON_CUDA if device.type == "cuda" else 1)
         self.part: Split | None = None
-        self.kept: dict[int, tuple[Tensor, ...]] = {}
+        self.kept = Kept(device, keep)
         with torch.no_grad():
             image, self.classes = _try_one_image(self.net, x, lambda: self._images(0, 1))
             self.layout = fast_layout(self.net, image)
@@ -86,29 +82,9 @@ class Evaluator:
             return self.kept[start]
         boundary = part.frozen(self._images(start, self.batch, self.layout))
         size = sum(t.nbytes for t in boundary) * -(-len(self.x) // self.batch)
-        if part.captured and (self.kept or self._room(size)):
+        if part.captured and (self.kept or self.kept.room(size)):
             self.kept[start] = boundary
         return boundary
-
-    def _room(self, size: int) -> bool:
-        """Whether this evaluator may keep so many bytes; older ones make room."""
-        if self.keep is not None:
-            return size <= self.keep
-        others = [e for e in (r() for r in Evaluator._keepers) if e is not None and e.kept and e.device == self.device]
-        held = sum(e.kept_bytes for e in others)
-        if size > (budget := KEPT_SHARE * (training.free_memory(self.device) + held)):
-            return False
-        for oldest in others:
-            if held + size > budget:
-                held -= oldest.kept_bytes
-                oldest.kept.clear()
-        Evaluator._keepers = [e for e in Evaluator._keepers if (e() or self) is not self] + [weakref.ref(self)]
-        return True
-
-    @property
-    def kept_bytes(self) -> int:
-        """What frozen results take between calls."""
-        return sum(t.nbytes for boundary in self.kept.values() for t in boundary)
 
     @torch.no_grad()
     def predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
@@ -126,25 +102,28 @@ class Evaluator:
         with training.precision(self.device):
             while True:
                 try:
-                    predictions = self._predict(theta)
-                    break
+                    return no_class_warned(self._predict(theta))
                 except torch.OutOfMemoryError:
                     if not self._shrink():
                         raise
-        if (bad := (predictions == NO_CLASS).sum(dim=1)).any():
-            warnings.warn(f"{int((bad > 0).sum())} of {len(theta)} networks give scores that are NaN or infinite, on {int(bad.sum())} of "
-                          f"{predictions.numel()} images in all (first: network {int(bad.nonzero()[0])}): counted as wrong")
-        return predictions
+                except RuntimeError as error:
+                    if self.vectors_at_once == 1:
+                        raise
+                    warnings.warn(f"{type(self.net).__name__} does not take several vectors at once, so they run one after the other "
+                                  f"({_reason(error)})")
+                    self.vectors_at_once = 1
 
     def _shrink(self) -> bool:
         """Take less memory than before; False: there is nothing left to save."""
-        self.kept.clear()
-        if self.vectors_at_once == self.batch == 1:
-            return False
-        if self.vectors_at_once > 1:
+        self.kept.limit = 0
+        if drop(self.device):
+            pass
+        elif self.vectors_at_once > 1:
             self.vectors_at_once //= 2
-        else:
+        elif self.batch > 1:
             self.batch, self.part = self.batch // 2, None  # a capture holds for one size
+        else:
+            return False
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return True
@@ -208,6 +187,12 @@ def wrong(
     return evaluator.predict(theta) != y.cpu()
 
 
+def rehearse(net: nn.Module, sub: Subset, shape: tuple[int, int, int], device: torch.device) -> None:
+    """Evaluate two vectors on two images of zeros: what the network does not take is said, or fallen back from, before any long
+    work and not after it. Raises what `predict` raises."""
+    predict(net, sub, sub.flatten(net).expand(2, -1), torch.zeros(2, *shape), device=device)
+
+
 def accuracy(wrong: Bool[Tensor, "M N"]) -> Float[Tensor, "M"]:
     """Fraction of the images that each model gets right, in float64.
 
@@ -254,9 +239,12 @@ def _split_orwhole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> S
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torch.export has no common base for what it cannot capture
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({reason})")
+        warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({_reason(error)})")
         return whole(net)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _scores(part: Split, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...]) -> Tensor:
@@ -264,6 +252,14 @@ def _scores(part: Split, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...
     if len(theta) == 1:
         return part.rest(sub.unflatten(theta[0]), boundary)[None]
     return torch.func.vmap(lambda vector: part.rest(sub.unflatten(vector), boundary))(theta)
+
+
+def no_class_warned(predictions: Integer[Tensor, "M N"]) -> Integer[Tensor, "M N"]:
+    """The predictions, with a warning where there are some without a class."""
+    if (bad := (predictions == NO_CLASS).sum(dim=1)).any():
+        warnings.warn(f"{int((bad > 0).sum())} of {len(bad)} networks give scores that are NaN or infinite, on {int(bad.sum())} of "
+                      f"{predictions.numel()} images in all (first: network {int(bad.nonzero()[0])}): counted as wrong")
+    return predictions
 
 
 def _classes(scores: Float[Tensor, "m n classes"]) -> Int64[Tensor, "m n"]:

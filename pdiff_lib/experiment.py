@@ -171,7 +171,7 @@ class Experiment(Originals):
 
         key = {"net": self.net_digest, "names": self.subset.names, "theta": tensor_digest(theta),
                "images": self.images.digest, "device": self.device.type}
-        return self.store.stage("predictions", key, compute, code=(capture, evaluate))["predictions"]
+        return evaluate.no_class_warned(self.store.stage("predictions", key, compute, code=(capture, evaluate))["predictions"])
 
     def predictions(self, name: str) -> Integer[Tensor, "M N"]:
         """The class that the networks of a method give to each test image."""

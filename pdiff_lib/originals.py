@@ -89,6 +89,7 @@ class Originals:
             base = dataclasses.asdict(self.recipe.base)
 
             def compute(checkpoint):
+                self._rehearse()
                 net = copy.deepcopy(self._initial).to(self.device)
                 losses = zoo.train(net, self.images, checkpoint=checkpoint, device=self.device, progress=self.progress, **base)
                 return {"losses": losses, **net.state_dict(prefix="net.")}
@@ -153,7 +154,11 @@ class Originals:
         self._kept.keep(ORIGINAL, z.theta)  # from here on it is everybody's
         return z
 
+    def _rehearse(self) -> None:
+        evaluate.rehearse(self._initial, self.subset, (self.images.channels, self.images.size, self.images.size), self.device)
+
     def _population(self) -> zoo.Zoo:
+        self._rehearse()
         return population.collect(self.images, self.recipe.zoo.k_checkpoints, store=self.store, device=self.device,
                                   progress=self.progress, **dataclasses.asdict(self.recipe.base))
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from pdiff_lib import capture, evaluate, subset
+from pdiff_lib import capture, evaluate, kept, subset, training
 
 
 def images(count, size=32, channels=3, seed=1):
@@ -427,7 +427,8 @@ def test_without_memory_it_goes_on_with_less(monkeypatch):
     tried = hungry(monkeypatch, 16)
     evaluator = evaluate.Evaluator(net, sub, x, vectors_at_once=8)
     assert torch.equal(evaluator.predict(theta), expected)
-    assert tried[:3] == [(8, 8), (4, 8), (2, 8)] and (evaluator.vectors_at_once, evaluator.batch) == (2, 8)
+    assert tried[:4] == [(8, 8), (8, 8), (4, 8), (2, 8)] and not evaluator.kept  # first, what was kept is dropped
+    assert (evaluator.vectors_at_once, evaluator.batch) == (2, 8)
 
     hungry(monkeypatch, 2)
     assert torch.equal(evaluate.predict(net, sub, theta, x, vectors_at_once=8), expected)
@@ -458,24 +459,24 @@ def test_out_of_memory_is_no_fault_of_the_network(monkeypatch, where):
 def test_what_is_kept_has_one_budget_per_process(monkeypatch):
     net = mini()
     sub = subset.select(net, "last_norms:1")
-    theta, x = vectors(net, sub), images(7, 8)
-    evaluate.Evaluator._keepers.clear()
+    theta, x, cpu = vectors(net, sub), images(7, 8), torch.device("cpu")
+    kept.drop(cpu)
     evaluators = [evaluate.Evaluator(net, sub, x, batch_size=4) for _ in range(3)]
     evaluators[0].predict(theta)
-    size = evaluators[0].kept_bytes
+    size = evaluators[0].kept.nbytes
     assert size > 0
     free = {"bytes": 10 * size}
-    monkeypatch.setattr(evaluate.training, "free_memory", lambda device: free["bytes"])
-    monkeypatch.setattr(evaluate, "KEPT_SHARE", 0.25)  # (10 + 1) / 4: two of them
-    evaluators[1].predict(theta)
+    monkeypatch.setattr(training, "free_memory", lambda device: free["bytes"])
+    evaluators[1].predict(theta)  # (10 + 1) / 4: two of them
     assert [bool(e.kept) for e in evaluators] == [True, True, False]
     free["bytes"] = 6 * size  # (6 + 2) / 4: two
     evaluators[2].predict(theta)
     assert [bool(e.kept) for e in evaluators] == [False, True, True]
     del evaluators[1]  # memory that went with its evaluator counts no more
-    free["bytes"] = 2 * size
+    free["bytes"] = 2 * size  # (2 + 1) / 4: none
     evaluators[0].predict(theta)
-    assert [bool(e.kept) for e in evaluators] == [False, True] and evaluators[1].kept_bytes == size
+    assert [bool(e.kept) for e in evaluators] == [False, True] and evaluators[1].kept.nbytes == size
+    assert kept.drop(cpu) and not kept.drop(cpu) and not evaluators[1].kept
 
 
 class FiveAxes(nn.Module):
@@ -509,3 +510,34 @@ def test_unusual_networks_are_evaluated_like_any_other(make):
     expected = plain(net, sub, theta, x).argmax(-1)
     assert torch.equal(evaluate.predict(net, sub, theta, x), expected)
     assert torch.equal(evaluate.predict(net, sub, theta[:1], x), expected[:1])
+
+
+class Random(nn.Module):
+    """Draws random numbers, which a vmap refuses."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) + 0 * torch.rand(1, device=x.device)
+
+
+def test_a_network_that_takes_one_vector_at_a_time_gets_one(recwarn):
+    net = Random().eval()
+    sub = subset.select(net, "all")
+    theta, x = vectors(net, sub, 5), images(4, 2)
+    assert torch.equal(evaluate.predict(net, sub, theta, x, vectors_at_once=4), plain(net, sub, theta, x).argmax(-1))
+    assert ["several vectors at once" in str(w.message) for w in recwarn] == [True]
+
+
+def test_a_rehearsal_says_before_any_work_what_would_fail_after_it():
+    net = mini()
+    sub = subset.select(net, "all")
+    evaluate.rehearse(net, sub, (3, 8, 8), torch.device("cpu"))
+    with pytest.raises(ValueError, match="does not take images"):
+        evaluate.rehearse(net, sub, (1, 8, 8), torch.device("cpu"))
+    branching = Branching()
+    with pytest.warns(UserWarning, match="Branching cannot be captured"):
+        evaluate.rehearse(branching, subset.select(branching, "all"), (3, 2, 2), torch.device("cpu"))
