@@ -521,7 +521,8 @@ class Random(nn.Module):
         self.head = nn.Linear(12, 4)
 
     def forward(self, x):
-        return self.head(x.flatten(1)) + 0 * torch.rand(1, device=x.device)
+        scores = self.head(x.flatten(1))
+        return scores + 0 * torch.rand_like(scores)
 
 
 def test_a_network_that_takes_one_vector_at_a_time_gets_one(recwarn):
