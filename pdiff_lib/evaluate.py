@@ -130,7 +130,7 @@ class Evaluator:
 
     def _predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
         if self.part is None and len(theta) > 1:
-            self.part = _split_orwhole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
+            self.part = _split_or_whole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
         part = self.part or whole(self.net)
         chunks = theta.split(self.vectors_at_once if part.captured else 1)
         predictions = torch.empty(len(theta), len(self.x), dtype=torch.int64)
@@ -233,7 +233,7 @@ def summary(wrong: Bool[Tensor, "M N"], seed: int = 0) -> dict[str, float | int]
             "best_selected_half": here[best].item(), "best_other_half": there[best].item()}
 
 
-def _split_orwhole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
+def _split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     try:
         return split(net, names, example)
     except torch.OutOfMemoryError:
