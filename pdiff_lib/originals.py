@@ -133,6 +133,7 @@ class Originals:
 
     def training_path(self, moments: int = 6) -> zoo.TrainingPath:
         """See `zoo.training_path` (stage "training path")."""
+        self._judge_start()
         base = dataclasses.asdict(self.recipe.base)
 
         def compute(checkpoint):

@@ -246,8 +246,3 @@ def vectors(theta: Any, numel: int | None = None, at_least: int = 1, device: tor
         raise ValueError(f"theta holds NaN or infinity in {int(bad.sum())} of {len(theta)} vectors, first in vector {row}"
                          f"{beyond}")
     return theta
-
-
-def check(theta: Any, numel: int | None = None, at_least: int = 1) -> None:
-    """Refuse what `vectors` refuses."""
-    vectors(theta, numel, at_least)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pdiff_lib import networks, subset
+from pdiff_lib.pdiff import PDiff
 from pdiff_lib.subset import Standardiser, Subset
 
 TABLE_6 = [("resnet18", 2048, ("layer4.1.bn1", "layer4.1.bn2")), ("resnet50", 5120, ("layer4.2.bn2", "layer4.2.bn3")),
@@ -439,15 +440,19 @@ def test_still_tensors_are_named():
     assert sub.still(theta) == sub.still(theta.double().numpy()) == ["0.bias", "1.bias"]
 
 
-@pytest.mark.parametrize("theta, numel, at_least, message", [
-    (torch.zeros(3), None, 1, r"theta has shape \[3\]: expected \[vectors, D\]"),
-    (torch.zeros(2, 3), 4, 1, r"theta has shape \[2, 3\]: expected \[vectors, 4\]"),
-    (torch.zeros(1, 3), 3, 2, "theta holds 1 vectors: expected at least 2"),
-    (torch.tensor([[0.0], [math.nan], [math.inf]]), 1, 1, "NaN or infinity in 2 of 3 vectors, first in vector 1")])
-def test_check_refuses(theta, numel, at_least, message):
-    with pytest.raises(ValueError, match=message):
-        subset.check(theta, numel, at_least)
+def test_vectors_of_another_length_or_number_are_refused():
+    with pytest.raises(ValueError, match=r"shape \[2, 3\]: expected \[vectors, 4\]"):
+        subset.vectors(FITS, 4)
+    with pytest.raises(ValueError, match="holds 2 vectors: expected at least 3"):
+        subset.vectors(FITS, 3, 3)
 
 
-def test_check_lets_good_vectors_pass():
-    assert subset.check(torch.zeros(2, 3), 3, 2) is None
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_generated_tensor_has_the_spread_of_the_originals_where_one_checkpoint_has_none(size):
+    """.25 +- .002 over the checkpoints: in units of its own, a method would give it the width of those units."""
+    generator = torch.Generator().manual_seed(0)
+    level = 0.25 + 0.002 * torch.randn(60, 1, generator=generator)
+    theta = torch.cat([torch.randn(60, 20, generator=generator), level.expand(-1, size)], dim=1)
+    method = PDiff((20, size), progress=False, latent_dim=16, latent_model="gaussian", ae_channels=(4, 4), ae_steps=150)
+    generated = method.fit(theta).sample(500, torch.Generator().manual_seed(1))[:, 20:]
+    assert 0.0002 < generated.std(dim=0).mean().item() < 0.004 and abs(generated.mean().item() - 0.25) < 0.002
