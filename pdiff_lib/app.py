@@ -55,10 +55,10 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
     from voila.app import Voila
 
     if not token and not _loopback(host):
-        raise ValueError(f"host {host!r} can be reached from other machines, and a page runs code on this one: expected a token "
-                         "(--token, or $PDIFF_TOKEN), or 127.0.0.1")
+        raise ValueError(f"host {host!r} can be reached from other machines, and a page runs code on this one: expected a "
+                         "token (--token, or $PDIFF_TOKEN), or 127.0.0.1")
     if token and not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):
-        raise ValueError("the token is too short, or holds what an address cannot: expected at least 8 of A-Z, a-z, 0-9 and _.~-")
+        raise ValueError("the token is too short, or holds what an address cannot: expected 8 or more of A-Z, a-z, 0-9, _.~-")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as free:
@@ -67,8 +67,8 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
         raise ValueError(f"cannot listen on {host}, port {port}: {e.strerror or e}; expected an address of this machine "
                          "and a free port (0: any)") from e
     copy = page(notebook, parameters)
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/{f'?token={token}' * bool(token)} shows {notebook.name}; Ctrl-C ends it",
-          flush=True)
+    where = f"{f'[{host}]' if ':' in host else host}:{port}/{f'?token={token}' * bool(token)}"
+    print(f"http://{where} shows {notebook.name}; Ctrl-C ends it", flush=True)
     Voila.launch_instance([str(copy), f"--Voila.ip={host}", f"--port={port}", "--Voila.port_retries=0",
                            f"--Voila.open_browser={open_browser}", "--show_tracebacks=True", "--strip_sources=True",
                            *([f"--Voila.token={token}"] * bool(token))])

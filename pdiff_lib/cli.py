@@ -98,7 +98,7 @@ def results(file: SweepFile,
 
 @app.command("app")
 def serve(file: Files = [], parameter: Parameters = [],
-          host: Annotated[str, typer.Option(help="address to listen on; another than this machine's own needs a token")] = "127.0.0.1",
+          host: Annotated[str, typer.Option(help="address to listen on; where others reach it, with a token")] = "127.0.0.1",
           port: Annotated[int, typer.Option(help="0: any free one")] = 8866,
           browser: Annotated[bool, typer.Option(help="open it")] = True,
           token: Annotated[str, typer.Option(help="asked of every visitor; better in $PDIFF_TOKEN, where no list of processes "
@@ -125,7 +125,7 @@ def data():
 def publish(folder: Annotated[Path, typer.Argument(help="runs/NOTEBOOK/<digest>")],
             name: Annotated[str, typer.Argument(help="id of the experiment, such as cifar10-resnet18")],
             to: Annotated[Path, typer.Option(help="where figures are kept")] = jobs.NOTEBOOKS.parent / "figures"):
-    """Copy a run's figures, numbers and record to figures/<id>-*.{svg,html,csv,json}, if a commit holds the code it was made by."""
+    """Copy a run's figures, numbers and record to figures/<id>-*.{svg,html,csv,json}, if a commit holds the code of it."""
     if not (folder / "record.json").is_file():
         raise ValueError(f"{folder} holds no record.json: expected the folder of a complete run")
     if not re.fullmatch(r"\w[\w.-]*", name):

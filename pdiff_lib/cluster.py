@@ -44,12 +44,12 @@ def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float, force: 
         raise ValueError(f"no Ray cluster at {address!r} ({e}): start one with 'ray start --head'") from e
     there = ray.cluster_resources().get("GPU", 0)
     if there and not gpus:
-        warnings.warn(f"Ray hides the cluster's {there:g} GPUs from runs that ask for none: they compute on the CPU; expected --gpus 1 "
-                      "(or a share, such as --gpus 0.5, for two runs per GPU)", stacklevel=2)
+        warnings.warn(f"Ray hides the cluster's {there:g} GPUs from runs that ask for none: they compute on the CPU; expected "
+                      "--gpus 1 (or a share, such as --gpus 0.5, for two runs per GPU)", stacklevel=2)
     try:
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=[jobs.Died])(_task)
-        at_work = {task.remote(_portable(job), job.values, str(job.base), inputs.digests(job.inputs), job.folder.name, cpus, force): job
-                   for job in todo}
+        at_work = {task.remote(_portable(job), job.values, str(job.base), inputs.digests(job.inputs), job.folder.name, cpus,
+                               force): job for job in todo}
         while at_work:
             (ready,), _ = ray.wait(list(at_work))
             job = at_work.pop(ready)
@@ -77,8 +77,8 @@ def _task(notebook: str, values: dict[str, Any], base: str, made_of: dict[str, l
         job = jobs.plan(jobs.find(notebook), values, Path(base))
         here = inputs.digests(job.inputs)
         if odd := sorted(name for name in made_of.keys() | here.keys() if made_of.get(name) != here.get(name)):
-            return node, (f"{node} has other files than the machine of the sweep for {', '.join(odd)}: expected the same content "
-                          f"at the same paths (relative ones from {base}, data sets by name in $PDIFF_DATA)")
+            return node, (f"{node} has other files than the machine of the sweep for {', '.join(odd)}: expected the same "
+                          f"content at the same paths (relative ones from {base}, data sets by name in $PDIFF_DATA)")
         if job.folder.name != folder:
             return node, f"{node} has another version of pdiff_lib or of {notebook}: expected the same on all nodes"
         jobs.execute(job, force, progress=False)

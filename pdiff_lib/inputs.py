@@ -82,7 +82,9 @@ def _places(setting: str, text: str, base: Path) -> list[Path]:
             folder = base / sources.root_of(None)
             stored = _existing([folder / f"{text}-{part}.parquet" for part in ("train", "test")])
             return stored or [folder / text] * (text == "imagenet")
-        return [base / part.strip() for part in (text.split(",") if text.endswith(".parquet") else [text])]
+        # As `sources.find` takes a pair of Parquet files apart: names of folders may hold commas.
+        parts = re.split(r"(?<=\.parquet)\s*,\s*", text.strip()) if text.endswith(".parquet") else [text]
+        return [base / part for part in parts]
     if setting in recipe.names():
         return [base / text] * (setting == "weights" and text != "")
     # The tables that notebooks show are meant from the project. A "." or "/" is no path, and what lies around the working
@@ -131,8 +133,8 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
     seen, found, own = set(), {}, root().resolve()
     for folder, below, names in os.walk(path, followlinks=True, onerror=_raise):
         inode = os.stat(folder).st_ino, os.stat(folder).st_dev
-        below[:] = [] if inode in seen else [n for n in below if not n.startswith(".") and n != "__pycache__"
-                                               and Path(folder, n) != own]
+        below[:] = [] if inode in seen else sorted(n for n in below if not n.startswith(".") and n != "__pycache__"
+                                                     and Path(folder, n) != own)
         seen.add(inode)  # a link to a folder above has no end
         for name in (*below, *names):
             if not name.startswith(".") and os.path.exists(p := os.path.join(folder, name)):

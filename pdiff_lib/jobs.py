@@ -185,8 +185,8 @@ def execute(job: Job, force: bool = False, progress: bool | dict[str, Any] = Tru
         _unchanged(job, "after the run was planned")
         _library.cache_clear()
         if plan(job.notebook, job.values, job.base).folder.name != job.folder.name:  # a sweep may have planned it hours ago
-            raise ValueError(f"{job.notebook.name} or the library changed after the run was planned; started again, it is made with "
-                             "the code that is there then")
+            raise ValueError(f"{job.notebook.name} or the library changed after the run was planned; started again, it is "
+                             "made with the code that is there then")
         for old in (job.done, *job.folder.glob(".*")):  # of a run that another takes the place of, or left by a kill
             old.unlink(missing_ok=True)
         runs.write_text(job.folder / "parameters.yaml", parameters.dump(job.values))
@@ -208,8 +208,8 @@ def _unchanged(job: Job, when: str) -> None:
     for name, paths in job.inputs.items():
         for path, content in paths.items():
             if now.get(name, {}).get(path) != content:
-                raise ValueError(f"{name}: {path} changed {when}; started again, it is made from what is there then (what a run "
-                                 "writes belongs into its own folder, Run.folder, not at a path among its parameters)")
+                raise ValueError(f"{name}: {path} changed {when}; started again, it is made from what is there then (what a "
+                                 "run writes belongs into its own folder, Run.folder, not at a path among its parameters)")
 
 
 def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
@@ -257,7 +257,8 @@ def fits(job: Job, folder: Path) -> bool:
     said = json.loads(record.read_text()).get("inputs") if record.is_file() else None
     seen = {name: content for name, content in (said or {}).items() if name.partition(".")[0] in job.values}
     # The folder's own name tells too, but a command may have been executed long after it was printed.
-    return all(wanted.get(n) == content for n, content in seen.items()) and (folder == job.folder or wanted.keys() <= seen.keys())
+    told = folder == job.folder or wanted.keys() <= seen.keys()
+    return told and all(wanted.get(name) == content for name, content in seen.items())
 
 
 def changed(job: Job) -> str:

@@ -42,7 +42,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def parse(name: str, text: str, words: bool = False) -> Any:
-    """YAML text as a value. Numbers are what looks like one (`1e-4` too, which is text to YAML 1.1), truth is `true` or `false`.
+    """YAML text as a value. Numbers are what looks like one (`1e-4` too, text to YAML 1.1), truth is `true` or `false`.
 
     What YAML 1.1 would quietly make something else of is text, as written: yes, on, 012 (octal), 12:30 (sexagesimal), dates.
     Keys are always text. Anchors, tags and keys given twice are refused.
@@ -139,7 +139,8 @@ def typed(name: str, text: str, default: Any) -> Any:
     if isinstance(default, str):
         return text
     if isinstance(default, (list, dict)):
-        return parse(name, text, words=bool(default) and all(isinstance(v, str) for v in default) and isinstance(default, list))
+        words = isinstance(default, list) and bool(default) and all(isinstance(v, str) for v in default)
+        return parse(name, text, words)
     if text in ("True", "False", "None"):
         return {"True": True, "False": False, "None": None}[text]
     for kind in (int, float):
@@ -168,5 +169,6 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, str) and not value.isascii() and value.encode("utf-8", "ignore").decode() != value:
         raise ValueError(f"{name} is {value!r}: expected text in UTF-8")
     if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise ValueError(f"{name} is {value!r} ({type(value).__name__}): expected text, a number, true, false, null, a list or a mapping")
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}): expected text, a number, true, false, null, a list "
+                         "or a mapping")
     return value

@@ -236,7 +236,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} is {value!r} ({type(value).__name__}): expected {kind.__name__}{' (True or False)' * (kind is bool)}")
+        wanted = f"{kind.__name__}{' (True or False)' * (kind is bool)}"
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}): expected {wanted}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}: expected a finite number")
     return value

@@ -103,12 +103,12 @@ def check_commit(commit: str) -> None:
         ValueError: it has changes on top, is unknown, or is not in the history of this checkout.
     """
     if commit.endswith("-dirty"):
-        raise ValueError(f"commit {commit!r}: the run was made with changes that no commit holds; expected a clean working tree: "
-                         "commit, then run again")
+        raise ValueError(f"commit {commit!r}: the run was made with changes that no commit holds; expected a clean working "
+                         "tree: commit, then run again")
     found = re.fullmatch(r"\w[\w./-]*", commit) and _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
     if not found or _git("merge-base", found, "HEAD") != found:
         shallow = " (this clone is shallow: git fetch --unshallow)" * (_git("rev-parse", "--is-shallow-repository") == "true")
-        raise ValueError(f"commit {commit!r} is not in the history of {PROJECT}{shallow}: expected one that others can check out")
+        raise ValueError(f"commit {commit!r} is not in the history of {PROJECT}{shallow}: expected one that others can have")
 
 
 def _git(*arguments: str) -> str:
@@ -144,8 +144,8 @@ class Run:
         self.folder = Path(os.environ.get("PDIFF_RUN_DIR") or root() / notebook / name)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def record(self, numbers: Mapping[str, Any], seconds: Mapping[str, float] | None = None, networks: pd.DataFrame | None = None,
-               device: str | torch.device | None = None) -> Path:
+    def record(self, numbers: Mapping[str, Any], seconds: Mapping[str, float] | None = None,
+               networks: pd.DataFrame | None = None, device: str | torch.device | None = None) -> Path:
         """Write `record.json`, and with `networks` (rows of `Experiment.frame`) `networks.parquet`, for tables over many runs.
 
         Args:

@@ -120,9 +120,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DamagedFile(f"{path} is not a complete safetensors file ({e}); other formats, pickle among them, "
                           "are refused") from e
     if "checksum" not in meta:
-        raise DamagedFile(f"{path} is no file of this workbook: it carries no checksum of ours (tensors: {', '.join(list(tensors)[:3])}"
-                          f"{', ...' * (len(tensors) > 3)}); expected what the workbook wrote, such as Zoo.save. Checkpoints of "
-                          "your own come in as Zoo(theta [K D], subset.names, subset.shapes, losses), a trained network as weights")
+        raise DamagedFile(f"{path} is no file of this workbook: it carries no checksum of ours; expected what the workbook "
+                          "wrote, such as Zoo.save. Checkpoints of your own come in as Zoo(theta, subset.names, subset.shapes, "
+                          "losses), a trained network as weights")
     if meta["checksum"] != _checksum(tensors, meta.get("note")):
         raise DamagedFile(f"{path} was altered after it was written: its checksum does not match its content")
     return tensors, json.loads(meta["note"])

@@ -27,7 +27,9 @@ def test_this_machines_own_addresses(host):
     assert app._loopback(host)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "0", "10.0.0.1", "fe80::1", "192.168.1.1", "8.8.8.8", "no.such.name.invalid", "127.0.0.1.example"])
+@pytest.mark.parametrize("host",
+                         ["0.0.0.0", "", "::", "0", "10.0.0.1", "fe80::1", "192.168.1.1", "8.8.8.8", "no.such.name.invalid",
+                          "127.0.0.1.example"])
 def test_what_others_reach_needs_a_token(host, monkeypatch, tmp_path):
     monkeypatch.delenv("PDIFF_TOKEN", raising=False)
     monkeypatch.setenv("PDIFF_RUNS", str(tmp_path))
@@ -58,13 +60,14 @@ def get(url: str, **headers: str) -> tuple[int, str]:
 
 def test_a_real_server_lets_nobody_in_without_the_token(tmp_path):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
-    cells = [v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}), v4.new_code_cell(f"open({str(tmp_path / 'ran')!r}, 'w')\nprint('SE' + 'CRET')")]
+    cells = [v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}),
+             v4.new_code_cell(f"open({str(tmp_path / 'ran')!r}, 'w')\nprint('SE' + 'CRET')")]
     nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "x.ipynb")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "PDIFF_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(Path(app.__file__).parents[1])}
-    server = subprocess.Popen([sys.executable, "-c", SERVE, tmp_path / "x.ipynb", str(port), "a-token-of-ours"], env=environment, cwd=tmp_path,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen([sys.executable, "-c", SERVE, tmp_path / "x.ipynb", str(port), "a-token-of-ours"],
+                              env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert f"http://127.0.0.1:{port}/?token=a-token-of-ours shows x.ipynb" in server.stdout.readline()
         url, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
@@ -75,10 +78,12 @@ def test_a_real_server_lets_nobody_in_without_the_token(tmp_path):
             except urllib.error.URLError:
                 assert time.monotonic() < until and server.poll() is None
                 time.sleep(0.1)
-        websocket = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+        websocket = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+                     "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
         some = "00000000-0000-0000-0000-000000000000"
-        for door, headers in (("/", {}), ("/?token=another-token", {}), ("/", {"Authorization": "token another-token"}), (f"/api/kernels/{some}", {}),
-                              (f"/api/kernels/{some}/channels", websocket), ("/voila/files/x.ipynb", {}), (f"/voila/api/shutdown/{some}", {})):
+        for door, headers in (("/", {}), ("/?token=another-token", {}), ("/", {"Authorization": "token another-token"}),
+                              (f"/api/kernels/{some}", {}), (f"/api/kernels/{some}/channels", websocket),
+                              ("/voila/files/x.ipynb", {}), (f"/voila/api/shutdown/{some}", {})):
             status, text = get(url + door, **headers)
             assert status in (302, 403) and "SECRET" not in text, door
         assert not (tmp_path / "ran").exists(), "no kernel was started"

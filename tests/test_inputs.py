@@ -1,5 +1,6 @@
-"""inputs.py and what is built on it: another content is another run, wherever it comes from; the same content is the same run."""
+"""inputs.py and what is built on it: another content is another run, wherever it comes from; the same is the same."""
 
+import json
 import os
 import shutil
 import sys
@@ -167,15 +168,18 @@ def test_every_way_to_name_a_file_identifies_it(home, monkeypatch):
     nb, data = notebook(home), home / "data"
     monkeypatch.setenv("PDIFF_DATA", "data")
     data.mkdir()
+    (home / "a,b").mkdir()
     classes(home / "ds")
     for name in ("w.safetensors", "t.parquet", "a-train.parquet", "a-test.parquet", "data/cifar10-train.parquet",
-                 "data/cifar10-test.parquet", "data/imagenet"):
+                 "data/cifar10-test.parquet", "data/imagenet", "a,b/train.parquet"):
         (home / name).write_text("1")
     ways = {"ds": {}, "w.safetensors": {"weights": "w.safetensors"}, "t.parquet": {"table": "t.parquet"},
-            "a-test.parquet": {"dataset": "a-train.parquet, a-test.parquet"}, "data/cifar10-test.parquet": {"dataset": "cifar10"},
-            "data/imagenet": {"dataset": "imagenet"}}
+            "a-test.parquet": {"dataset": "a-train.parquet, a-test.parquet"},
+            "a,b/train.parquet": {"dataset": "a,b/train.parquet,a-test.parquet"},
+            "data/cifar10-test.parquet": {"dataset": "cifar10"}, "data/imagenet": {"dataset": "imagenet"}}
     ways = {**ways, "./w.safetensors": {"rows": {"other": {"weights": "w.safetensors"}}},
-            "./t.parquet": {"rows": {"many": ["x", {"own": "t.parquet"}]}}, "./data/cifar10-train.parquet": {"rows": {"a": {"dataset": "cifar10"}}}}
+            "./t.parquet": {"rows": {"many": ["x", {"own": "t.parquet"}]}},
+            "./data/cifar10-train.parquet": {"rows": {"a": {"dataset": "cifar10"}}}}
     for name, given in ways.items():
         first = folder_of(nb, **given)
         assert folder_of(nb, **given) == first
@@ -195,12 +199,13 @@ def test_every_way_to_name_a_file_identifies_it(home, monkeypatch):
 
 
 def test_what_is_no_file_is_no_input(home, monkeypatch):
+    """Nor what torchvision downloads, and checks: the names of settings, words, and what lies around."""
     nb, data = notebook(home), home / "data"
     monkeypatch.setenv("PDIFF_DATA", str(data))
     for name in ("resnet18", "digits", "data/cifar10-batches-py"):
         (home / name).mkdir(parents=True)
-    for given in ({"dataset": "digits"}, {"dataset": ""}, {"dataset": "digits", "table": "absent.csv"}, {"dataset": "digits", "table": "x" * 5000},
-                  {"dataset": "digits", "table": "a\0b"}, {"dataset": "cifar10"},  # downloaded by torchvision, which checks it
+    for given in ({"dataset": "digits"}, {"dataset": ""}, {"dataset": "digits", "table": "absent.csv"},
+                  {"dataset": "digits", "table": "x" * 5000}, {"dataset": "digits", "table": "a\0b"}, {"dataset": "cifar10"},
                   *({"dataset": "digits", "table": text} for text in (".", "/", "..", "~", " ", "/..", str(home.parent)))):
         assert jobs.plan(nb, given).inputs == {}, given
 
@@ -245,7 +250,8 @@ def test_exchanged_classes_are_another_run_and_it_is_said_why(home, at_once, pdi
     swap(home / "ds")
     said = pdiff("run", nb)
     assert f"{home / 'ds'} changed since run {first.name}: making it again" in said and len(at_once) == 2
-    numbers = [runs.json.loads((home / "runs" / "reads" / name / "record.json").read_text())["numbers"]["read"] for name in at_once]
+    records = [home / "runs" / "reads" / name / "record.json" for name in at_once]
+    numbers = [json.loads(record.read_text())["numbers"]["read"] for record in records]
     assert numbers == [["train/cat/1.png cat's", "train/dog/1.png dog's"], ["train/cat/1.png dog's", "train/dog/1.png cat's"]]
     told = yaml.safe_load((folder_of(nb) / "inputs.yaml").read_text())
     assert told == {"dataset": {str(home / "ds"): inputs.digest(home / "ds")}}

@@ -29,7 +29,8 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-ODD = {"plain": 1.5, "nan": math.nan, "list": [1, -math.inf, {"a/b ~c": torch.tensor(math.nan), "0": torch.tensor([math.inf])}], "none": None,
+ODD = {"plain": 1.5, "nan": math.nan,
+       "list": [1, -math.inf, {"a/b ~c": torch.tensor(math.nan), "0": torch.tensor([math.inf])}], "none": None,
        "numpy": torch.tensor([math.nan]).double().numpy()[0], 3: {True: math.nan}}
 
 
@@ -40,8 +41,9 @@ def test_numbers_that_are_not_finite_are_null_in_a_record_and_come_back(home):
     assert len(content["not_finite"]) == 7 and content["not_finite"]["/numbers/list/2/a~1b ~0c"] == "nan"
     back = records.loads(path.read_text())
     assert "not_finite" not in back and back["numbers"]["none"] is None and back["numbers"]["plain"] == 1.5
-    assert math.isnan(back["numbers"]["nan"]) and math.isnan(back["numbers"]["list"][2]["a/b ~c"]) and math.isnan(back["numbers"]["3"]["true"])
-    assert back["numbers"]["list"][1] == -math.inf and back["numbers"]["list"][2]["0"] == math.inf == back["seconds_per_stage"]["stage"]
+    numbers = back["numbers"]
+    assert all(map(math.isnan, (numbers["nan"], numbers["numpy"], numbers["list"][2]["a/b ~c"], numbers["3"]["true"])))
+    assert numbers["list"][1] == -math.inf and numbers["list"][2]["0"] == math.inf == back["seconds_per_stage"]["stage"]
 
 
 def test_a_record_without_such_numbers_is_as_before(home):
@@ -94,17 +96,17 @@ def test_the_device_is_the_one_that_was_used(home, monkeypatch):
         runs.Run("x", {"a": 1}, "cpu").record({}), runs.Run("x", {"a": 2}, device="cuda:1").record({}),
         runs.Run("x", {"a": 3}, "cuda:1").record({}, device="cpu"))]
     assert devices == [cpu, "GPU 1", cpu]
-    for number, (store, key) in enumerate([(runs.Store(home, device="cuda:1"), {"device": "cuda"}), (runs.Store(home), {"device": "cpu"}),
-                                           (runs.Store(home), {"device": "cuda"})]):
-        store.stage(f"s{number}", key, lambda _: {"x": torch.zeros(1)})
-        (path,) = (home / f"s{number}").glob("*.safetensors")
-        assert runs.read(path)[1]["device"] == ["GPU 1", cpu, "GPU 0"][number]
+    for of_store, of_key, told in (("cuda:1", "cuda", "GPU 1"), (None, "cpu", cpu), (None, "cuda", "GPU 0")):
+        runs.Store(home, device=of_store).stage(told, {"device": of_key}, lambda _: {"x": torch.zeros(1)})
+        (path,) = (home / told).glob("*.safetensors")
+        assert runs.read(path)[1]["device"] == told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert records.environment("cuda:1")["device"] == "cuda:1"  # a device that is only pretended
 
 
 def git(*arguments: str, cwd: Path = HERE) -> str:
-    return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments], cwd=cwd, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *arguments], cwd=cwd, capture_output=True,
+                          text=True).stdout.strip()
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda p: p.stem)
@@ -138,8 +140,9 @@ def history(tmp_path, monkeypatch) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("commit, message", [
-    ("{last}-dirty", "changes that no commit holds"), ("unknown", "not in the history"), ("{aside}", "not in the history"), ("0123456789", "not in the history"),
-    ("", "not in the history"), ("--help", "not in the history"), ("{last} {first}", "not in the history"), (None, "not in the history")])
+    ("{last}-dirty", "changes that no commit holds"), ("unknown", "not in the history"), ("{aside}", "not in the history"),
+    ("0123456789", "not in the history"), ("", "not in the history"), ("--help", "not in the history"),
+    ("{last} {first}", "not in the history"), (None, "not in the history")])
 def test_publish_refuses_a_commit_that_nobody_can_check_out(tmp_path, history, commit, message):
     run, to = tmp_path / "run", tmp_path / "figures"
     run.mkdir()

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import time
+import types
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -287,6 +289,26 @@ def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
     assert s.said().count("Ray hides the cluster's 2 GPUs from runs that ask for none") == 1
     pids = [line.split()[-1] for line in s.lines("start")]
     assert len(set(pids)) > 2 and len(pids) > len(s.lines("end")), "a stage was begun, lost with its node and made again"
+
+
+@pytest.mark.parametrize("there, gpus, warned", [(2, 0.0, True), (2, 0.5, False), (0, 0.0, False)])
+def test_gpus_that_a_cluster_would_hide_are_said_once(home, monkeypatch, there, gpus, warned):
+    class Ray(types.ModuleType):  # as the real one, as far as it is asked
+        exceptions = types.SimpleNamespace(RayError=RuntimeError)
+
+        def __getattr__(self, name):
+            return {"cluster_resources": lambda: {"CPU": 2.0, **({"GPU": there} if there else {})}, "get": lambda done: done,
+                    "wait": lambda waiting: (waiting[:1], []), "init": lambda **_: None, "shutdown": lambda: None,
+                    "remote": lambda **_: lambda _: types.SimpleNamespace(remote=lambda *of: ("node", f"made {of[4]}"))}[name]
+
+    monkeypatch.setitem(sys.modules, "ray", Ray("ray"))
+    grid = sweep.load(written(home, **GOOD | {"grid": {"k_checkpoints": [10, 20]}}))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        outcomes = sweep.run(grid, ray="auto", gpus=gpus)
+    assert [o.error for o in outcomes] == [f"made {job.folder.name}" for job in grid.jobs]
+    said = [str(w.message) for w in said if "GPU" in str(w.message)]
+    assert len(said) == warned and all("the cluster's 2 GPUs" in s and "expected --gpus 1" in s for s in said)
 
 
 def test_a_cluster_that_is_not_there(home):

@@ -42,7 +42,9 @@ class Sweep:
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
         nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / "faulty.ipynb")
         self.file.write_text(yaml.safe_dump({
-            "notebook": str(folder / "faulty.ipynb"), "parameters": {"seconds": seconds, "log": f"file:{self.log}", **fixed},  # as a bare path it were an input, which must not change
+            "notebook": str(folder / "faulty.ipynb"),
+            # A bare path would be an input, which must not change while a run reads it.
+            "parameters": {"seconds": seconds, "log": f"file:{self.log}", **fixed},
             "grid": {"k_checkpoints": ks}, "seeds": seeds}))
         self.environment = {k: v for k, v in os.environ.items() if k not in ("PDIFF_RUN_DIR", "PDIFF_STORAGE")} | {
             "PDIFF_RUNS": str(self.runs), "PYTHONPATH": f"{HERE}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
