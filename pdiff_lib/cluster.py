@@ -44,8 +44,10 @@ def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float, force: 
         raise ValueError(f"no Ray cluster at {address!r} ({e}): start one with 'ray start --head'") from e
     there = ray.cluster_resources().get("GPU", 0)
     if there and not gpus:
-        warnings.warn(f"Ray hides the cluster's {there:g} GPUs from runs that ask for none: they compute on the CPU; expected "
-                      "--gpus 1 (or a share, such as --gpus 0.5, for two runs per GPU)", stacklevel=2)
+        # It no longer empties CUDA_VISIBLE_DEVICES for them (ray 54868), as it did before.
+        warnings.warn(f"Ray gives none of the cluster's {there:g} GPUs to runs that ask for none: those of a node share its "
+                      "first one, or see none (older versions of Ray); expected --gpus 1 (or a share, such as --gpus 0.5, for "
+                      "two runs per GPU)", stacklevel=2)
     try:
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=[jobs.Died])(_task)
         at_work = {task.remote(_portable(job), job.values, str(job.base), inputs.digests(job.inputs), job.folder.name, cpus,

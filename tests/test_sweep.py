@@ -286,13 +286,13 @@ def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
     finally:
         cluster.shutdown()
     assert s.losses() == s.again() == [] and "4 runs, 0 of them complete" in s.said()
-    assert s.said().count("Ray hides the cluster's 2 GPUs from runs that ask for none") == 1
+    assert s.said().count("Ray gives none of the cluster's 2 GPUs to runs that ask for none") == 1
     pids = [line.split()[-1] for line in s.lines("start")]
     assert len(set(pids)) > 2 and len(pids) > len(s.lines("end")), "a stage was begun, lost with its node and made again"
 
 
 @pytest.mark.parametrize("there, gpus, warned", [(2, 0.0, True), (2, 0.5, False), (0, 0.0, False)])
-def test_gpus_that_a_cluster_would_hide_are_said_once(home, monkeypatch, there, gpus, warned):
+def test_gpus_that_no_run_asks_for_are_said_once(home, monkeypatch, there, gpus, warned):
     class Ray(types.ModuleType):  # as the real one, as far as it is asked
         exceptions = types.SimpleNamespace(RayError=RuntimeError)
 
