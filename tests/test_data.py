@@ -176,8 +176,8 @@ def test_many_batches_need_a_seed_each(digits, k, b, seeds):
                                      ([0, -1, 1], "training labels from -1 to 1: expected 0 to 1")])
 def test_images_made_by_hand_have_a_label_each_that_is_a_class(digits, unchecked, y, said):
     with pytest.raises(ValueError, match=said):
-        data.Images("mine", "by hand", digits.x_train[:3], torch.tensor(y), digits.x_test[:2], torch.tensor([0, 1]), ("a", "b"),
-                    8)
+        data.Images("mine", "by hand", digits.x_train[:3], torch.tensor(y), digits.x_test[:2], torch.tensor([0, 1]),
+                    ("a", "b"), 8)
 
 
 def test_mean_and_std_are_copied_to_a_device_once(monkeypatch):

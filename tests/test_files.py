@@ -89,7 +89,7 @@ def test_a_class_without_images_is_named(tmp_path):
         data.load(name)
 
 
-@pytest.mark.parametrize("name", ["a b", "..", "it's", 'say "x"', "$(touch x)", "a,b", "x.parquet", "ünï", "-n", "a;b", "{}%s"])
+@pytest.mark.parametrize("name", ["a b", "..", "it's", 'say "x"', "$(touch x)", "a,b", "x.parquet", "ünï", "-n", ";", "{}%s"])
 def test_any_name_of_a_folder_works(tmp_path, monkeypatch, name):
     place = tmp_path / "here" / "below" / name
     folders(place, classes=("a b", "it's $(x) {}"))
@@ -210,14 +210,14 @@ def test_a_path_without_bytes_is_not_followed(tmp_path):
     cells = [{"bytes": encode(picture(1)), "path": None}, {"bytes": None, "path": str(tmp_path / "secret.png")}]
     for part in ("train", "test"):
         pq.write_table(pa.table({"image": pa.array(cells), "label": [0, 0]}), tmp_path / f"{part}.parquet")
-    with pytest.raises(ValueError, match="train.parquet, row 1: this image is broken or missing"):
+    with pytest.raises(ValueError, match="train.parquet, row 1: this image is broken or missing: it has no bytes"):
         data.load(f"{tmp_path}/train.parquet,{tmp_path}/test.parquet")
 
 
 @pytest.mark.parametrize("cell", [{"bytes": "text"}, {"bytes": [1, 2]}, {"bytes": 7}, {"path": "x.png"}, b"bytes", "x.png"])
 def test_images_in_other_columns_are_refused(tmp_path, cell):
     pq.write_table(pa.table({"image": pa.array([cell]), "label": [0]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="x.parquet has the columns image: .*, label: int64: expected image: struct<bytes: bin"):
+    with pytest.raises(ValueError, match="x.parquet has the columns image: .*: expected image: struct<bytes: binary"):
         files.parquet(str(tmp_path / "x.parquet"))
 
 
