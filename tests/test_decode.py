@@ -129,7 +129,8 @@ def test_transparency_is_dropped(kind, kwargs):
 
 
 @pytest.mark.parametrize("kind, kwargs", [("PNG", {}), ("PNG", dict(transparency=3)), ("GIF", {}),
-                                          ("GIF", dict(transparency=3)), ("PNG", dict(transparency=bytes(range(16)))), ("TIFF", {}), ("BMP", {})])
+                                          ("GIF", dict(transparency=3)), ("PNG", dict(transparency=bytes(range(16)))),
+                                          ("TIFF", {}), ("BMP", {})])
 def test_a_palette_is_its_colours(kind, kwargs):
     assert np.array_equal(pixels(saved(PALETTE, kind, **kwargs)), np.asarray(PALETTE.convert("RGB")))
 

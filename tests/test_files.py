@@ -179,7 +179,7 @@ def test_the_memory_does_not_hold_the_file(tmp_path):
     cells = pa.array([{"bytes": encode(np.full((4, 4), i, np.uint8)) + noise} for i in range(256)])  # PNGs, more after them
     pq.write_table(pa.table({"image": cells, "label": [0] * 256}), tmp_path / "x.parquet", row_group_size=16)
     del cells
-    split, before, peak = files.parquet(str(tmp_path / "x.parquet")), pa.total_allocated_bytes(), 0
+    before, peak, split = pa.total_allocated_bytes(), 0, files.parquet(str(tmp_path / "x.parquet"))
     for row in range(256):
         assert (split.image(row) == row).all()
         peak = max(peak, pa.total_allocated_bytes() - before)
