@@ -28,6 +28,9 @@ class Images:
         y_train, y_test: labels 0..num_classes-1.
         classes: their names.
         size: side in pixels of the network inputs.
+
+    Raises:
+        ValueError: not a label for each image, or a label that is no number of a class.
     """
 
     name: str
@@ -38,6 +41,14 @@ class Images:
     y_test: Int64[Tensor, "M"]
     classes: tuple[str, ...]
     size: int
+
+    def __post_init__(self):
+        for part, x, y in (("training", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
+            if len(x) != len(y):
+                raise ValueError(f"{len(y)} labels for {len(x)} {part} images: expected one for each")
+            if len(y) and not 0 <= y.min() <= y.max() < len(self.classes):
+                raise ValueError(f"{part} labels from {y.min()} to {y.max()}: expected 0 to {len(self.classes) - 1}, as there "
+                                 f"are {len(self.classes)} classes")
 
     @property
     def channels(self) -> int:
@@ -143,8 +154,9 @@ class Images:
             ValueError: another type or number of channels, not a seed for each batch, or an impossible scale.
         """
         self._check(x, "K, B")
-        if len(seeds) != len(x):
-            raise ValueError(f"{len(seeds)} seeds for {len(x)} batches: expected one for each")
+        if len(seeds) != len(x) or not len(x) or not x.shape[1]:
+            raise ValueError(f"{len(seeds)} seeds for {len(x)} batches of {x.shape[1]} images: expected a seed for each of at "
+                             "least one batch, and no empty ones")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale = {scale}: expected 0 < smallest <= largest <= 1")
         drawn = [torch.rand(5, x.shape[1], generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
@@ -154,7 +166,7 @@ class Images:
 
     def _check(self, x: Tensor, axes: str = "B") -> None:
         wrong = not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != axes.count(",") + 4
-        if wrong or x.shape[-3] != self.channels:
+        if wrong or x.shape[-3] != self.channels or 0 in x.shape[-2:]:
             found = f"type {getattr(x, 'dtype', type(x).__name__)} and shape {list(getattr(x, 'shape', []))}"
             raise ValueError(f"images of {found}: expected torch.uint8 [{axes}, {self.channels}, h, w]")
 
@@ -184,7 +196,11 @@ def load(name: str, size: int | None = None, channels: int | None = None, train_
 
     Args:
         name: "digits" (scikit-learn), a name of `catalogue()`, "A-train.parquet,A-test.parquet" (columns `image` and
-            `label`, as Hugging Face writes them), or a folder with train/ and test/ or val/ of class folders.
+            `label`, as Hugging Face writes them: see `files.parquet`), or a folder with train/ and test/ or val/ of class
+            folders (`files.folder`: without hidden and system folders and files, and nothing outside of it is read).
+            What an image file means is the same everywhere (`decode.decode`): the first frame, upright as its EXIF says,
+            without transparency, 16 bits as value / 257; floats and more than 89,478,485 pixels are refused. Labels
+            are 0, 1, 2, ... without a gap, unless the source names its classes.
         size: side in pixels of the network inputs; None: the stored one. Images that differ in size, or are not
             square, are resized and cropped to it on loading: then it must be given.
         channels: 1 (luminance) or 3 (grey repeated); None: the stored ones.

@@ -62,6 +62,8 @@ def upright(image: UInt8[Tensor, "C h w"], picture: Image.Image) -> UInt8[Tensor
 
 def _opened(data: bytes, where: str) -> Image.Image | None:
     """The picture before it is unpacked, None where its bytes alone will do; refuses what `decode` does not take."""
+    if not data:
+        raise ValueError(f"{where}: this image is broken or missing: it has no bytes (no path is followed); {_MEANT}")
     try:
         sides, picture, whole = _bare_size(data), None, True
         if sides is None:
@@ -116,7 +118,7 @@ def _by_torchvision(data: bytes) -> UInt8[Tensor, "C h w"]:
 def _by_pillow(picture: Image.Image) -> UInt8[Tensor, "C h w"]:
     if picture.mode == "I" or picture.mode.startswith("I;16"):  # `convert` would cut these at 255
         tags = getattr(picture, "tag_v2", {})
-        x = np.asarray(picture).astype(np.int64) >> tags.get(_BITS, (16,))[0] - 8
+        x = np.asarray(picture).astype(np.int32) >> tags.get(_BITS, (16,))[0] - 8
         return torch.from_numpy((255 - x if tags.get(_PHOTOMETRIC) == 0 else x).astype(np.uint8))[None]
     grey = picture.mode in ("1", "L", "LA") and picture.format != "GIF"
     return TF.pil_to_tensor(picture.convert("L" if grey else "RGB"))

@@ -54,7 +54,7 @@ def folder(place: Path, *names: str) -> Split:
     files, labels = [], []
     for label, name in enumerate(classes):
         # By folder, then by name.
-        images = sorted(_images(os.path.join(found[0], name), root, (top,), endings), key=os.path.split)
+        images = sorted(_images(os.path.join(found[0], name), root, (root, top), endings), key=os.path.split)
         if not images:
             raise ValueError(f"folder {found[0]}: expected images in every class folder, found none in {name!r}")
         files += images
@@ -81,7 +81,7 @@ def _entries(place: str) -> Iterator[os.DirEntry]:
 def _images(place: str, root: str, above: tuple[str, ...], endings: tuple[str, ...]) -> Iterator[str]:
     real = _inside(place, root)
     if real in above:
-        raise ValueError(f"{place} is a link back to {real}, in which it lies: expected folders without loops")
+        raise ValueError(f"{place} is a link back to {real}: expected no folder that holds itself")
     for entry in _entries(place):
         if os.path.isdir(entry):
             yield from _images(entry.path, root, (*above, real), endings)
@@ -105,7 +105,7 @@ def _inside(path: str, root: str) -> str:
 def parquet(file: str) -> Split:
     """The columns `image` (struct with `bytes`) and `label` (whole numbers), as Hugging Face writes them.
 
-    Images are read a few rows at a time, so that the memory does not have to hold the file. A path beside the bytes is not
+    Images are read by pages and rows, so that the memory does not have to hold the file. A path beside the bytes is not
     followed.
 
     Raises:
@@ -115,11 +115,11 @@ def parquet(file: str) -> Split:
     if not os.path.isfile(file):
         raise ValueError(f"Parquet file {file!r}: there is no such file")
     try:
-        table = pq.ParquetFile(file)
+        table = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)  # else all of a column is read at once
         schema = table.schema_arrow
-    except (pa.ArrowException, OSError) as error:
+        columns = {field.name: field.type for field in schema}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not a Parquet file ({error})") from error
-    columns = {field.name: field.type for field in schema}
     image, label = columns.get("image", pa.null()), columns.get("label", pa.null())
     if not (schema.names.count("image") == schema.names.count("label") == 1 and pa.types.is_integer(label)
             and pa.types.is_struct(image) and image.get_field_index("bytes") >= 0
@@ -138,7 +138,11 @@ def parquet(file: str) -> Split:
         row = int(bad.argmax()) if bad.any() else -1
     if row >= 0:
         raise ValueError(f"{file}, row {row}: label {column[row]}, expected a class number from 0")
-    where, read = f"{file}, row {{}}".format, _reader(file, table)
+    read = _reader(file, table)
+
+    def where(row: int) -> str:
+        return f"{file}, row {row}"
+
     return Split(labels.astype(np.int64), lambda row: decode(read(row), where(row)), _class_names(file, schema), where)
 
 

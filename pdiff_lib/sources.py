@@ -159,7 +159,8 @@ def classes_of(name: str, train: Split, test: Split) -> tuple[str, ...]:
             "or name the classes in the Parquet files (metadata `huggingface`)")
     if missing := max(used) + 1 - len(used):
         unused = (label for label in range(max(used)) if label not in used)
-        raise ValueError(f"data {name!r}: training labels go up to {max(used)}, but no image has {_few(unused, missing)}. {mend}")
+        found = f"training labels go up to {max(used)}, but no image has {_few(unused, missing)}"
+        raise ValueError(f"data {name!r}: {found}. {mend}")
     if strange := sorted(set(np.unique(test.labels).tolist()) - used):
         raise ValueError(f"data {name!r}: no training image has the test labels {_few(strange, len(strange))}. {mend}")
     return tuple(map(str, range(len(used))))
@@ -219,8 +220,9 @@ def _room(name: str, n: int, channels: int, side: int) -> UInt8[Tensor, "N C s s
     try:
         return torch.empty(n, channels, side, side, dtype=torch.uint8)
     except RuntimeError as error:
-        raise ValueError(f"data {name!r}: {n} images of {channels}x{side}x{side} are {n * channels * side**2 / 1e9:.0f} GB, more "
-                         "than the memory: expected a smaller size, or fewer images") from error
+        size = f"{n * channels * side**2 / 1e9:.0f} GB"
+        raise ValueError(f"data {name!r}: {n} images of {channels}x{side}x{side} are {size}, more than the memory: expected a "
+                         "smaller size, or fewer images") from error
 
 
 def _fit(image: UInt8[Tensor, "C h w"], size: int) -> UInt8[Tensor, "C s s"]:

@@ -151,8 +151,56 @@ def test_augment_normalises_as_prepare_does(digits):
     assert abs(tiny.mean() - plain.mean()) < 0.05 and abs(tiny.std() - plain.std()) < 0.05
 
 
+@pytest.mark.parametrize("k, b, size, scale", [(1, 7, 16, (0.08, 1.0)), (3, 32, 16, (0.08, 1.0)), (5, 13, 32, (0.5, 0.9)),
+                                               (50, 3, 8, (0.08, 1.0))])
+def test_many_batches_at_once_are_each_as_alone(k, b, size, scale):
+    images = data.load("digits", size=size, channels=3)
+    pick = torch.randint(400, (k, b), generator=torch.Generator().manual_seed(k))
+    seeds = [3 + 5 * i for i in range(k)]
+    got = images.augment_many(images.x_train[pick], seeds, True, scale)
+    assert torch.equal(got, torch.stack([images.augment(images.x_train[p], s, True, scale) for p, s in zip(pick, seeds)]))
+    alone = torch.rand(5, b, generator=torch.Generator().manual_seed(seeds[-1]))  # the numbers of one batch and its seed
+    want = images._normalise(data._random_crop(images.x_train[pick[-1]].float(), size, alone, True, scale))
+    assert torch.equal(got[-1], want)
+
+
+@pytest.mark.parametrize("k, b, seeds", [(2, 1, 3), (0, 1, 0), (1, 0, 1)])
+def test_many_batches_need_a_seed_each(digits, k, b, seeds):
+    x = digits.x_train[:1, None].expand(1, 1, 3, 8, 8).repeat(k, b, 1, 1, 1)
+    with pytest.raises(ValueError, match=f"{seeds} seeds for {k} batches of {b} images: expected a seed for each"):
+        digits.augment_many(x, range(seeds), flip=False)
+
+
+@pytest.mark.parametrize("y, said", [([0, 1], "2 labels for 3 training images"),
+                                     ([0, 1, 2], "training labels from 0 to 2: expected 0 to 1"),
+                                     ([0, -1, 1], "training labels from -1 to 1: expected 0 to 1")])
+def test_images_made_by_hand_have_a_label_each_that_is_a_class(digits, unchecked, y, said):
+    with pytest.raises(ValueError, match=said):
+        data.Images("mine", "by hand", digits.x_train[:3], torch.tensor(y), digits.x_test[:2], torch.tensor([0, 1]),
+                    ("a", "b"), 8)
+
+
+def test_mean_and_std_are_copied_to_a_device_once(monkeypatch):
+    images, copies = data.load("digits"), []
+    move = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args: copies.append(args) or move(x, *args))
+    for _ in range(3):
+        images.augment(images.prepare(images.x_train[:4]).to(torch.uint8), 0, flip=True)
+    moved = [args for args in copies if args == (torch.device("cpu"),)]
+    assert len(moved) == 2  # mean and std
+
+
+@pytest.mark.parametrize("x", [np.zeros((2, 3, 8, 8), np.uint8), [[1, 2]], None, torch.zeros(2, 3, 8, 8, dtype=torch.int16)],
+                         ids=["numpy", "list", "None", "int16"])
+def test_what_is_no_tensor_of_bytes_is_refused_in_words(digits, unchecked, x):
+    for use in (digits.prepare, lambda x: digits.augment(x, 0, False), lambda x: digits.augment_many(x, [0], False)):
+        with pytest.raises(ValueError, match=r"expected torch.uint8 \[(K, )?B, 3, h, w\]"):
+            use(x)
+
+
 @pytest.mark.parametrize("x", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
-                               torch.zeros(3, 8, 8, dtype=torch.uint8)], ids=["float", "grey", "no batch"])
+                               torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 0, 8, dtype=torch.uint8)],
+                         ids=["float", "grey", "no batch", "no pixels"])
 def test_other_types_and_channels_are_refused(digits, x):
     with pytest.raises(ValueError, match=r"expected torch.uint8 \[B, 3, h, w\]"):
         digits._check(x)  # directly, as shape checking would stop some of these before `prepare` does
@@ -307,6 +355,52 @@ def test_bad_labels_are_named_by_row(tmp_path, label):
         data.load(pair(tmp_path, [*ROWS[:2], (ROWS[2][0], label)], ROWS))
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"])
+def test_labels_of_every_whole_type(tmp_path, kind):
+    images = data.load(pair(tmp_path, ROWS, ROWS, kind=getattr(pa, kind)()))
+    assert images.y_train.dtype == torch.int64 and images.y_train.tolist() == [0, 1, 2] * 3
+    with pytest.raises(ValueError, match="set-train.parquet, row 1: label None"):
+        data.load(pair(tmp_path, [ROWS[0], (ROWS[1][0], None)], ROWS, kind=getattr(pa, kind)()))
+
+
+def test_a_label_that_no_tensor_can_hold(tmp_path):
+    with pytest.raises(ValueError, match="row 1: label 18446744073709551615, expected a class number"):
+        data.load(pair(tmp_path, [ROWS[0], (ROWS[1][0], 2**64 - 1)], ROWS, kind=pa.uint64()))
+
+
+@pytest.mark.parametrize("values, kind", [([0.0, 1.0], pa.float64()), ([0.0, float("nan")], pa.float32()),
+                                          ([False, True], pa.bool_()), (["0", "1"], pa.string()),
+                                          (["a", "b"], pa.dictionary(pa.int32(), pa.string())),
+                                          ([[0], [1]], pa.list_(pa.int64()))])
+def test_labels_of_other_types_are_refused(tmp_path, values, kind):
+    rows = [(ROWS[0][0], value) for value in values]
+    with pytest.raises(ValueError, match="set-train.parquet has the columns .*label: .*expected image"):
+        data.load(pair(tmp_path, rows, rows, kind=kind))
+
+
+@pytest.mark.parametrize("labels, said", [
+    ([1, 2, 3], "go up to 3, but no image has 0. Expected"),
+    ([0, 1, 255], "go up to 255, but no image has 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 243 more. Expected"),
+    ([0, 20_000_000, 40_000_000], "go up to 40000000, but no image has 1, 2, .* 10 and 39,999,988 more. Expected"),
+    ([0, 2, 5], "no image has 1, 3, 4. Expected")])
+def test_unused_class_numbers_are_named(tmp_path, labels, said):
+    rows = [(ROWS[0][0], label) for label in labels]
+    with pytest.raises(ValueError, match=f"set-train.*{said} the numbers 0, 1, 2, .*huggingface"):
+        data.load(pair(tmp_path, rows, rows))
+
+
+def test_test_labels_that_no_training_image_has(tmp_path):
+    shifted = [(image, label + 1) for image, label in ROWS]  # classes from 0 here, from 1 there
+    with pytest.raises(ValueError, match="no training image has the test labels 3. Expected"):
+        data.load(pair(tmp_path, ROWS, shifted))
+    assert data.load(pair(tmp_path, ROWS, ROWS[:2])).num_classes == 3
+
+
+def test_named_classes_may_have_no_images(tmp_path):
+    images = data.load(pair(tmp_path, ROWS[2:3], ROWS[:1], names=list("abcd")))
+    assert images.classes == tuple("abcd") and images.y_train.tolist() == [2] and images.y_test.tolist() == [0]
+
+
 def test_labels_beyond_the_named_classes(tmp_path):
     with pytest.raises(ValueError, match="label 2, expected less than the 2 named classes"):
         data.load(pair(tmp_path, ROWS, ROWS, names=["a", "b"]))
@@ -391,6 +485,17 @@ def test_torchvision_sets_in_memory(tmp_path, monkeypatch, name, layout, key):
     assert images.x_train.shape == (10, 3, side, side) and len(images.x_test) == 20
     assert np.array_equal(images.x_test.permute(0, 2, 3, 1).numpy(), x)
     assert [a["root"] for a in asked] == [tmp_path] * 2 and asked[0] != asked[1] and asked[0]["download"]
+
+
+@pytest.mark.parametrize("labels, said", [([0, 1, -1], "label -1, expected class numbers from 0"),
+                                          ([0, 1, 10], "label 10, expected less than the 10 named classes"),
+                                          ([0, 1, 1.5], "labels of type float64, expected class numbers")])
+def test_labels_of_torchvision_sets_are_checked_too(tmp_path, monkeypatch, labels, said):
+    x = np.stack([picture(i, 32, 32) for i in range(3)])
+    fake = SimpleNamespace(data=x.transpose(0, 3, 1, 2), labels=labels)
+    monkeypatch.setattr(torchvision.datasets, "SVHN", lambda **kwargs: fake)
+    with pytest.raises(ValueError, match=said):
+        data.load("svhn", root=tmp_path)
 
 
 @pytest.mark.parametrize("name, key", [("flowers", "_labels"), ("pets", "_labels"), ("food101", "_labels"),
