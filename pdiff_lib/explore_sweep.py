@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
@@ -73,7 +75,7 @@ class Sweep(widgets.VBox):
         self.table = table.rename(columns={"mean": y, "size": "n"})
         pooled = [f"{c} ({self.frame[c].nunique(dropna=False)} values)" for c in self.varied if c not in by]
         self.note.value = ("Points: mean over networks; bars: their standard deviation."
-                           + (f" Pooled: {', '.join(pooled)}." if pooled else ""))
+                           + (f" Pooled: {html.escape(', '.join(pooled))}." if pooled else ""))
         numeric = pd.api.types.is_numeric_dtype(table[x]) and not pd.api.types.is_bool_dtype(table[x])
         fig = plots.facets(self.table, x, y, facet, f"{palette.LABELS[y]} against {x}<br><sup>{self.title}</sup>",
                            x_title=palette.LABELS.get(x, x), y_title=palette.LABELS[y],

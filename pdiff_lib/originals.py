@@ -31,9 +31,9 @@ class Originals:
 
     def __init__(self, recipe: Recipe, store: Store | None = None, device: str | None = None, progress: bool = True,
                  shared: dict[Any, Any] | None = None):
-        self.recipe, self.store, self.progress = recipe, store or Store(), progress
+        self.recipe, self.progress, self.device = recipe, progress, training.device_of(device)
+        self.store = store or Store(device=self.device)
         self._shared = {} if shared is None else shared
-        self.device = training.device_of(device)
         d, b = recipe.data, recipe.base
         if d not in self._shared:
             self._shared[d] = data.load(d.dataset, size=d.image_size, channels=d.image_channels or None,

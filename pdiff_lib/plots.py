@@ -249,11 +249,11 @@ def save(fig: go.Figure, path: str | Path, numbers: pd.DataFrame | None = None) 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.write_html(path.with_suffix(".html"), include_plotlyjs="cdn", full_html=True)
+    fig.write_html(f"{path}.html", include_plotlyjs="cdn", full_html=True)
     if numbers is not None:
-        numbers.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+        numbers.to_csv(f"{path}.csv", index=False, float_format="%.6g")
     if any(shutil.which(b) for b in ("chromium", "google-chrome", "chrome")):
-        draw(fig, path.with_suffix(".svg"))
+        draw(fig, Path(f"{path}.svg"))  # no `with_suffix`: of "noise-0.15" it would leave "noise-0"
     else:
         print(f"no Chrome or Chromium on this machine: {path.name}.svg was not drawn (the HTML was)")
     return fig
