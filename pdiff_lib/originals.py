@@ -19,7 +19,7 @@ from pdiff_lib.runs import Store, tensor_digest
 
 ORIGINAL = "original"
 # The code of one training step.
-STEP = (zoo.Feed, zoo._classification, data.Images.augment, data._random_crop, data.epoch_order, training)
+STEP = (zoo.Feed, zoo._classification, data.Images.augment, data.Images.augment_many, data._random_crop, data.epoch_order, training)
 
 
 class Originals:
