@@ -124,6 +124,8 @@ def test_save_writes_html_and_numbers_and_a_picture_where_a_browser_is(tmp_path,
     assert ("one.svg was not drawn" in capsys.readouterr().out) == (browser is None)
     plots.save(fig, tmp_path / "two")
     assert (tmp_path / "two.html").is_file() and not (tmp_path / "two.csv").exists()
+    plots.save(fig, tmp_path / "noise-0.05", numbers)
+    assert {p.name for p in tmp_path.glob("noise*")} == {"noise-0.05.html", "noise-0.05.csv"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")

@@ -31,3 +31,13 @@ def test_ci_runs_the_makes_tests():
     assert "make test" in lines and (HERE / ".ci" / "run").stat().st_mode & 0o111
     recipe = (HERE / "Makefile").read_text().partition("\ntest:")[2].split("\n\n")[0]
     assert re.search(r"^\t\S+ -m pytest$", recipe, re.M) and re.search(r"^\t.*--nbval.* notebooks$", recipe, re.M)
+
+
+def test_the_table_of_situations_names_tests_that_are_there():
+    rows = [line.strip("| ").split(" | ") for line in (HERE / "tests" / "README.md").read_text().splitlines() if line.startswith("| ")]
+    named = [(row[5], *re.match(r"(test_\w+)(?:: (.*))?$", part.strip()).groups()) for row in rows[1:] if row[5] != "the same"
+             for part in row[5].split(";")]
+    assert len(rows) > 60 and {len(row) for row in rows} == {6}
+    for cell, file, words in named:
+        source = (HERE / "tests" / f"{file}.py").read_text()
+        assert [w for w in (words or "").split(", ") if not re.search(rf"def test_\w*{w}", source)] == [], cell
