@@ -175,12 +175,12 @@ class Standardiser:
         self.std = torch.where(std > 0, std, 1.0).repeat_interleave(lengths)
 
     def __call__(self, theta: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """Raw to standardised."""
-        return (theta - self.mean) / self.std
+        """Raw to standardised, where the statistics are."""
+        return (theta.to(self.mean.device) - self.mean) / self.std
 
     def inverse(self, v: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """Standardised to raw."""
-        return v * self.std + self.mean
+        """Standardised to raw, where the statistics are."""
+        return v.to(self.mean.device) * self.std + self.mean
 
 
 def distinct(theta: Float[Array, "K D"]) -> None:

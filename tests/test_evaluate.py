@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import nn
 
+from device import DEVICE
 from pdiff_lib import capture, evaluate, kept, subset, training
 
 
@@ -536,9 +537,9 @@ def test_a_network_that_takes_one_vector_at_a_time_gets_one(recwarn):
 def test_a_rehearsal_says_before_any_work_what_would_fail_after_it():
     net = mini()
     sub = subset.select(net, "all")
-    evaluate.rehearse(net, sub, (3, 8, 8), torch.device("cpu"))
+    evaluate.rehearse(net, sub, (3, 8, 8), torch.device(DEVICE))
     with pytest.raises(ValueError, match="does not take images"):
-        evaluate.rehearse(net, sub, (1, 8, 8), torch.device("cpu"))
+        evaluate.rehearse(net, sub, (1, 8, 8), torch.device(DEVICE))
     branching = Branching()
     with pytest.warns(UserWarning, match="Branching cannot be captured"):
-        evaluate.rehearse(branching, subset.select(branching, "all"), (3, 2, 2), torch.device("cpu"))
+        evaluate.rehearse(branching, subset.select(branching, "all"), (3, 2, 2), torch.device(DEVICE))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from device import DEVICE
 from pdiff_lib import autoencoder, denoiser, evaluate, pdiff, population, runs, training, zoo
 from pdiff_lib.experiment import AVERAGE, ORIGINAL, PDIFF, Experiment
 from pdiff_lib.recipe import Recipe
@@ -39,7 +40,7 @@ METHODS = {ORIGINAL: 6, "noise 0.05": 4, "noise 0.5": 4, AVERAGE: 1, "interpolat
 
 
 def experiment(folder, **changes) -> Experiment:
-    return Experiment(Recipe.of(**{**SMALL, **changes}), runs.Store(folder), device="cpu", progress=False)
+    return Experiment(Recipe.of(**{**SMALL, **changes}), runs.Store(folder), device=DEVICE, progress=False)
 
 
 class Copies:
@@ -373,7 +374,7 @@ def test_the_first_accuracy_of_weights_is_printed(weights, tmp_path, capsys, rec
     assert accuracy > 0.5
     shared, changes = {}, {**SMALL, "weights": str(file), "base_epochs": epochs}
     for _ in range(2):  # once for all that share
-        e = Experiment(Recipe.of(**changes), runs.Store(tmp_path), "cpu", False, shared)
+        e = Experiment(Recipe.of(**changes), runs.Store(tmp_path), DEVICE, False, shared)
         assert not e.net.training
     out = capsys.readouterr().out
     assert out.count("test images are right before any training") == 1
@@ -451,7 +452,7 @@ def test_seconds_are_those_of_the_computing_also_when_read_back(tmp_path):
 
 def test_experiments_that_share_do_not_load_or_capture_twice(folder, done):
     shared = {}
-    a, b, other = (Experiment(Recipe.of(**{**SMALL, **c}), runs.Store(folder), "cpu", False, shared)
+    a, b, other = (Experiment(Recipe.of(**{**SMALL, **c}), runs.Store(folder), DEVICE, False, shared)
                    for c in ({}, {"T": 4}, {"test_images": 50}))
     assert a.images is b.images is not other.images and a.evaluator is b.evaluator is not other.evaluator
     assert torch.equal(a.wrong(ORIGINAL), done.wrong(ORIGINAL)) and other.wrong(ORIGINAL).shape == (6, 50)
@@ -467,7 +468,7 @@ def independent(folder) -> Experiment:
 
 def test_independent_originals_are_a_population(independent, folder):
     e = independent
-    collected = population.collect(e.images, 6, device="cpu", progress=False, **dataclasses.asdict(e.recipe.base))
+    collected = population.collect(e.images, 6, device=DEVICE, progress=False, **dataclasses.asdict(e.recipe.base))
     torch.testing.assert_close(e.zoo.theta, collected.theta)
     assert e.zoo.names == e.subset.names and e.zoo.losses.shape == (6,) and torch.pdist(e.zoo.theta).min() > 1
     np.testing.assert_array_equal(e.wrong(ORIGINAL).numpy(), wrong_plain(e, ORIGINAL))

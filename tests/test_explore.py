@@ -9,6 +9,7 @@ import torch
 from sklearn.decomposition import PCA
 from test_experiment import SMALL as UNTRAINED
 
+from device import DEVICE
 from pdiff_lib import evaluate, explore, runs, similarity
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
 from pdiff_lib.explore import GENERATED
@@ -21,7 +22,7 @@ SMALL = {**UNTRAINED, "base_epochs": 15, "base_lr": 0.01}  # networks that know 
 def experiments(tmp_path_factory):
     """Two runs that differ in K."""
     store = runs.Store(tmp_path_factory.mktemp("stages"))
-    return [Experiment(Recipe.of(**{**SMALL, "k_checkpoints": k}), store, device="cpu", progress=False) for k in (6, 9)]
+    return [Experiment(Recipe.of(**{**SMALL, "k_checkpoints": k}), store, device=DEVICE, progress=False) for k in (6, 9)]
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_selection_is_counted_marked_and_exported(scatter, tmp_path, monkeypat
 
 
 def test_experiments_over_other_images_are_refused(experiments, tmp_path):
-    other = Experiment(Recipe.of(**{**SMALL, "test_images": 50}), runs.Store(tmp_path), device="cpu", progress=False)
+    other = Experiment(Recipe.of(**{**SMALL, "test_images": 50}), runs.Store(tmp_path), device=DEVICE, progress=False)
     with pytest.raises(ValueError, match="expected the images and subset of"):
         explore.Scatter(experiments[0], other)
 
@@ -136,7 +137,7 @@ def test_another_chain_is_that_of_its_seed_and_sampler(experiments):
     d.seed.value, d.sampler.value, d.steps.value = 7, "ddim", 5
     asyncio.run(d.follow())
     settings = {**SMALL, "sampler": "ddim", "sampling_steps": 5}
-    same = Experiment(Recipe.of(**settings), experiments[0].store, device="cpu", progress=False)
+    same = Experiment(Recipe.of(**settings), experiments[0].store, device=DEVICE, progress=False)
     want = same.fitted(PDIFF).trajectory(1, 6, torch.Generator().manual_seed(7))
     assert d.path.t == want.t and torch.equal(d.path.theta, want.theta)
     assert "seed 7, DDIM with 5 steps" in d.figure.layout.title.text and not d.follow_button.disabled

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from device import DEVICE
 from pdiff_lib import denoiser, paper
 from pdiff_lib.autoencoder import Autoencoder, noisy_reconstruction_loss
 from pdiff_lib.memory import Step
@@ -73,7 +74,7 @@ def test_the_peak_is_what_a_step_reaches(step, how):
 
 def test_counting_without_data_is_counting_with_data():
     step = Step("autoencoder", 2048, 64, NARROW, 50)
-    ran = step.run("cpu")
+    ran = step.run(DEVICE)
     assert ran.counted == pytest.approx(step.counted(), rel=0.02)
     assert 0.9 * ran.counted < ran.resident < 1.6 * ran.counted
     assert ran.seconds > 0
@@ -85,7 +86,7 @@ def test_recomputing_trains_the_same():
     for recompute in (False, True):
         torch.manual_seed(0)
         step = Step("autoencoder", 128, 8, (4, 4), 6, recompute=recompute)
-        net, train = prepared(step, torch.device("cpu"))
+        net, train = prepared(step, torch.device(DEVICE))
         train()
         gradients.append([p.grad for p in net.parameters()])
     assert len(gradients[0]) == len(gradients[1])
@@ -98,7 +99,7 @@ def test_passes_add_up_to_the_batch():
     norms = []
     for passes in (1, 5):
         torch.manual_seed(0)
-        net, train = prepared(Step("autoencoder", 128, 8, (4, 4), 50, passes=passes), torch.device("cpu"))
+        net, train = prepared(Step("autoencoder", 128, 8, (4, 4), 50, passes=passes), torch.device(DEVICE))
         train()
         norms.append(float(net.to_inner.weight.grad.norm()))
     assert norms[1] == pytest.approx(norms[0], rel=0.5)  # batch norm sees smaller batches: not equal

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sklearn import decomposition
 from torch import nn
 
+from device import DEVICE
 from pdiff_lib import autoencoder, denoiser, pdiff, similarity, subset
 from pdiff_lib.autoencoder import PCA, Autoencoder, noisy_reconstruction_loss
 from pdiff_lib.denoiser import Denoiser, ResidualMLP, noise_loss, sinusoidal
@@ -161,7 +162,7 @@ def test_a_trained_autoencoder_beats_the_mean_and_samples_lie_near_the_zoo():
 
 def test_centred_vectors_are_rebuilt_where_what_they_share_is_large():
     """As whole networks are: what checkpoints differ in is small beside what they have in common."""
-    theta = 100 * torch.randn(96, generator=seeded(5)) + zoo()
+    theta = (100 * torch.randn(96, generator=seeded(5)) + zoo()).to(DEVICE)
     errors = {}
     for centre in ("tensor", "vector"):
         p = PDiff((48, 48), centre=centre, **{**SMALL, "ae_steps": 120, "ae_lr": 5e-3}).fit_autoencoder(theta)
@@ -206,7 +207,7 @@ def test_trajectory_leads_from_noise_to_the_sample(extra, moments, t):
     p = PDiff((48, 48), **SMALL, **extra).fit(zoo())
     way = p.trajectory(3, moments, seeded(5))
     assert way.t == t and way.z.shape == (len(t), 3, 6) and way.theta.shape == (len(t), 3, 96)
-    noise = torch.randn(3, 6, generator=seeded(5))
+    noise = torch.randn(3, 6, generator=seeded(5)).to(DEVICE)
     scale = (p.z.std(), p.z.mean()) if extra.get("standardise_latents") else (1.0, 0.0)
     torch.testing.assert_close(way.z[0], noise * scale[0] + scale[1])
     torch.testing.assert_close(way.theta[-1], p.sample(3, seeded(5)), rtol=1e-5, atol=1e-5)
@@ -333,7 +334,7 @@ def test_pca_rebuilds_exactly_from_as_many_components_as_there_are_directions(k,
 
 @pytest.mark.parametrize("latent_model", ["diffusion", "gaussian"])
 def test_pdiff_with_pca_stays_in_the_span(tmp_path, latent_model):
-    theta, settings = zoo(k=6), {**SMALL, "ae_kind": "pca", "latent_dim": 64, "latent_model": latent_model}
+    theta, settings = zoo(k=6).to(DEVICE), {**SMALL, "ae_kind": "pca", "latent_dim": 64, "latent_model": latent_model}
     p = PDiff((48, 48), **settings).fit(theta, Store(tmp_path))
     torch.testing.assert_close(p.decode(p.encode(theta)), theta, rtol=1e-4, atol=1e-4)
     samples = p.sample(20, seeded())
@@ -397,7 +398,7 @@ def test_an_mlp_denoiser_learns_a_known_distribution_in_seconds():
     theta = std * torch.randn(400, 3, generator=seeded()) + torch.tensor([1.0, -2.0, 3.0])
     p = PDiff(ae_kind="pca", denoiser_kind="mlp", mlp_width=32, T=100, beta_range="rescaled", diffusion_steps=400,
               diffusion_lr=5e-3, diffusion_batch=128, sampler="ddim", progress=False, standardise_latents=True).fit(theta)
-    samples = p.sample(2000, seeded(1))
+    samples = p.sample(2000, seeded(1)).cpu()
     assert (samples.std(0) / theta.std(0)).tolist() == pytest.approx([1, 1, 1], abs=0.15)
     assert ((samples.mean(0) - theta.mean(0)) / theta.std(0)).tolist() == pytest.approx([0, 0, 0], abs=0.15)
     assert p.diagnose(theta, 500, seeded())["generated_latent_std"] == pytest.approx(1, abs=0.15)

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from test_experiment import SMALL, Copies, experiment, forbidden
 
+from device import DEVICE
 from pdiff_lib import runs, training
 from pdiff_lib.experiment import ORIGINAL, PDIFF
 from pdiff_lib.recipe import Recipe
@@ -14,7 +15,7 @@ ROWS = {"T=10": {}, "T=4": {"T": 4}, "PCA": {"ae_kind": "pca"}, "K=4": {"k_check
 
 
 def study(folder, rows=ROWS, seeds=(0, 1), **changes) -> Study:
-    return Study(Recipe.of(**{**SMALL, **changes}), rows, seeds, store=runs.Store(folder), device="cpu", progress=False)
+    return Study(Recipe.of(**{**SMALL, **changes}), rows, seeds, store=runs.Store(folder), device=DEVICE, progress=False)
 
 
 @pytest.fixture(scope="module")

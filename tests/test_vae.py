@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
+from device import DEVICE
 from pdiff_lib import runs, training
 from pdiff_lib.runs import Store
 from pdiff_lib.vae import VAE, VariationalAutoencoder, negative_elbo
@@ -60,7 +61,7 @@ def test_the_diagnosis_is_of_the_posterior():
         rebuilt = vae.net.decode(mean.float())
     q = Normal(mean, log_var.exp().sqrt())
     drawn = q.sample((4000,)).flatten(0, 1)
-    kl = kl_divergence(q, Normal(torch.zeros(5).double(), torch.ones(5).double())).sum(1)
+    kl = kl_divergence(q, Normal(torch.zeros(5).double().to(DEVICE), torch.ones(5).double().to(DEVICE))).sum(1)
     assert found == pytest.approx({
         "reconstruction_mse": float((rebuilt - v).square().sum() / (v - v.mean(0)).square().sum()), "kl": float(kl.mean()),
         "active": sum(float(m.var(correction=0)) > 0.01 for m in mean.T), "posterior_std": float(q.stddev.mean()),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from device import DEVICE
 from pdiff_lib import data, recipe, runs, subset, training, zoo
 
 SETTINGS = {"k_checkpoints": 6, "zoo_lr": 0.01, "zoo_batch": 16, "zoo_weight_decay": 0.1, "crop_scale": 0.5, "seed": 3}
@@ -53,17 +54,17 @@ def unchanged(a: dict, b: dict) -> bool:
 
 
 def collect(net, sub, images, **changes) -> zoo.Zoo:
-    return zoo.collect(net, sub, images, progress=False, device="cpu", **{**SETTINGS, **changes})
+    return zoo.collect(net, sub, images, progress=False, device=DEVICE, **{**SETTINGS, **changes})
 
 
 def test_training_learns(net, images):
     before = F.cross_entropy(net.eval()(images.prepare(images.x_test)), images.y_test).item()
     losses = zoo.train(
-        net, images, progress=False, device="cpu", base_epochs=15, base_lr=0.05, base_batch=16, crop_scale=0.5
+        net, images, progress=False, device=DEVICE, base_epochs=15, base_lr=0.05, base_batch=16, crop_scale=0.5
     )
     assert losses.shape == (15 * 3,) and not net.training
     with torch.no_grad():
-        scores = net(images.prepare(images.x_test))
+        scores = net(images.prepare(images.x_test.to(DEVICE))).cpu()
     assert F.cross_entropy(scores, images.y_test).item() < 0.5 * before
     assert (scores.argmax(1) == images.y_test).float().mean() > 0.9
 
@@ -75,15 +76,15 @@ def by_hand(net, images, optimizer, steps: int, batch: int, stream: str, schedul
     for i in range(steps):
         order = data.epoch_order(len(images.y_train), i // per_epoch, training.seed_for(SETTINGS["seed"], stream))
         pick = order[i % per_epoch * batch :][:batch]
-        x = images.augment(images.x_train[pick], training.seed_for(SETTINGS["seed"], stream, i), True, (0.5, 1.0))
-        loss = F.cross_entropy(net(x), images.y_train[pick])
+        x = images.augment(images.x_train[pick].to(DEVICE), training.seed_for(SETTINGS["seed"], stream, i), True, (0.5, 1.0))
+        loss = F.cross_entropy(net(x), images.y_train[pick].to(DEVICE))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if schedule:
             schedule.step()
         losses.append(loss.item())
-        after.append({n: p.detach().clone() for n, p in net.named_parameters()})
+        after.append({n: p.detach().cpu().clone() for n, p in net.named_parameters()})
     return losses, after
 
 
@@ -91,15 +92,16 @@ def test_training_is_the_loop_one_writes_by_hand(net, images):
     torch.manual_seed(1)
     hand = nn.Sequential(*map(type_copy, net)).train()
     hand.load_state_dict(net.state_dict())
+    hand.to(DEVICE)
     optimizer = torch.optim.AdamW(hand.parameters(), lr=0.02, weight_decay=5e-4)
     losses, after = by_hand(
         hand, images, optimizer, 4, 20, "train", torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
     )
     ours = zoo.train(
-        net, images, progress=False, device="cpu", base_epochs=2, base_lr=0.02, base_batch=20, crop_scale=0.5, seed=3
+        net, images, progress=False, device=DEVICE, base_epochs=2, base_lr=0.02, base_batch=20, crop_scale=0.5, seed=3
     )
     torch.testing.assert_close(ours, torch.tensor(losses), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(dict(net.named_parameters()), after[-1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close({n: p.detach().cpu() for n, p in net.named_parameters()}, after[-1], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(net[1].running_var, hand[1].running_var)
 
 
@@ -114,7 +116,7 @@ def type_copy(module: nn.Module) -> nn.Module:
 
 def test_collecting_is_the_loop_one_writes_by_hand(net, norm, images):
     z = collect(net, norm, images)
-    for p in net.parameters():
+    for p in net.to(DEVICE).parameters():
         p.requires_grad_(False)
     chosen = [net[1].weight.requires_grad_(), net[1].bias.requires_grad_()]
     optimizer = torch.optim.AdamW(chosen, lr=0.01, weight_decay=0.1)
@@ -123,12 +125,12 @@ def test_collecting_is_the_loop_one_writes_by_hand(net, norm, images):
     assert (z.names, z.shapes) == (("1.weight", "1.bias"), ((4,), (4,)))
     torch.testing.assert_close(z.theta, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(z.losses, torch.tensor(losses), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(after[-1]["0.weight"], net[0].weight.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(after[-1]["0.weight"], net[0].weight.detach().cpu(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("choice", ["last_norms:1", "all", "5.bias"])
 def test_every_step_is_kept_and_the_network_is_not_touched(net, images, choice):
-    zoo.train(net, images, progress=False, device="cpu", base_epochs=1, base_batch=16)
+    zoo.train(net, images, progress=False, device=DEVICE, base_epochs=1, base_batch=16)
     sub = subset.select(net, choice)
     net[0].weight.requires_grad_(False)
     net[3].train()  # a mode of its own
@@ -136,7 +138,7 @@ def test_every_step_is_kept_and_the_network_is_not_touched(net, images, choice):
     z = collect(net, sub, images)
     assert unchanged(snapshot(net), before)
     assert z.theta.shape == (6, sub.numel) and z.theta.dtype == torch.float32 and z.theta.device.type == "cpu"
-    assert (torch.vstack([sub.flatten(net), z.theta]).diff(dim=0) != 0).any(dim=1).all()
+    assert (torch.vstack([sub.flatten(net).cpu(), z.theta]).diff(dim=0) != 0).any(dim=1).all()
     assert not z.theta.requires_grad
 
 
@@ -145,7 +147,7 @@ def test_only_the_subset_changes(net, images, monkeypatch):
     monkeypatch.setattr(training, "loop", lambda *a, loop=training.loop, **k: seen.append(a[2]["net"]) or loop(*a, **k))
     sub = subset.select(net, "5.bias")
     z = collect(net, sub, images)
-    copy, original = dict(seen[0].named_parameters()), dict(net.named_parameters())
+    copy, original = dict(seen[0].cpu().named_parameters()), dict(net.named_parameters())
     assert [n for n in copy if not torch.equal(copy[n], original[n])] == ["5.bias"]
     assert torch.equal(copy["5.bias"], z.theta[-1])
 
