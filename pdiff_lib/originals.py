@@ -32,7 +32,8 @@ class Originals:
     def __init__(self, recipe: Recipe, store: Store | None = None, device: str | None = None, progress: bool = True,
                  shared: dict[Any, Any] | None = None):
         self.recipe, self.progress, self.device = recipe, progress, training.device_of(device)
-        self.store = store or Store(device=self.device)
+        self.store = store or Store()
+        self.store.device = self.store.device or self.device  # what its records name, beyond "cuda"
         self._shared = {} if shared is None else shared
         d, b = recipe.data, recipe.base
         if d not in self._shared:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def code_digest(*objects: Any) -> str:
     return digest([_code(o) for o in objects])
 
 
+@cache  # a run asks for the same code at every stage
 def _code(obj: Any) -> str:
     tree = ast.parse(textwrap.dedent(inspect.getsource(obj)))
     for node in ast.walk(tree):

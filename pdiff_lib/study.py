@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 
-from pdiff_lib import training
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
 from pdiff_lib.recipe import Recipe
 from pdiff_lib.runs import Store
@@ -33,7 +32,7 @@ class Study:
                  store: Store | None = None, device: str | None = None, progress: bool = True):
         if not rows or not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(f"rows are {list(rows)}, seeds {list(seeds)}: expected at least one of each, and no seed twice")
-        store, shared, flat = store or Store(device=training.device_of(device)), {}, recipe.flat()
+        store, shared, flat = store or Store(), {}, recipe.flat()
         self.experiments: dict[tuple[str, int], Experiment] = {}
         for row, own in rows.items():
             for seed in seeds:
