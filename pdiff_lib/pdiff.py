@@ -64,7 +64,8 @@ class PDiff:
             store: keeps both stages and lets a killed training resume; None keeps nothing.
 
         Raises:
-            ValueError: fewer than two vectors, not [K D], NaN, or `sizes` that do not add up to D.
+            ValueError: fewer than two vectors, all the same, not [K D], NaN, `sizes` that do not add up to D, or an autoencoder
+                that gives all originals one latent (`standardise_latents`).
         """
         store = store or Store(None)
         self.fit_autoencoder(theta, store)
@@ -72,6 +73,9 @@ class PDiff:
         self.z_mean, self.z_std = torch.zeros((), device=device), torch.ones((), device=device)
         if settings.standardise_latents:
             self.z_mean, self.z_std = self.z.mean(), self.z.std()
+            if not float(self.z_std) > 0:
+                raise ValueError(f"the latents of all {len(self.z)} originals are the same numbers: expected a spread to standardise "
+                                 "by; the autoencoder tells the originals not apart (longer training, or ae_kind 'pca')")
         self.scaled, self.denoiser, self.diffusion_losses = (self.z - self.z_mean) / self.z_std, None, torch.empty(0)
         if settings.latent_model == "gaussian":
             return self
@@ -92,6 +96,7 @@ class PDiff:
         device, settings = self.device, self.ae_settings
         theta = subset.vectors(theta, at_least=2, device=device)
         self.standardise = subset.Standardiser(theta, self.sizes, settings.centre)
+        subset.distinct(theta)
         v = self.standardise(theta)
 
         def train_autoencoder(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -103,10 +103,11 @@ def confusion(counts: Int[Tensor, "C C"], title: str, *, x_title: str, y_title: 
         title: what, on what, at which scale.
         x_title, y_title: the two networks.
     """
-    colour = counts.double().fill_diagonal_(float("nan"))  # the agreements outnumber all else, and would set the scale
-    few = len(counts) <= 20
-    fig = go.Figure(go.Heatmap(z=colour.numpy(), text=[[str(n or "") for n in row] for row in counts.tolist()],
-                               colorscale="Blues", zmin=0, zmax=max(float(colour.nan_to_num(0).max()), 1),
+    # The agreements outnumber all else, and would set the scale: empty, and not NaN, which no message to a browser holds.
+    colour, few = [[None if i == j else n for j, n in enumerate(row)] for i, row in enumerate(counts.tolist())], len(counts) <= 20
+    highest = int(counts.clone().fill_diagonal_(0).max())
+    fig = go.Figure(go.Heatmap(z=colour, text=[[str(n or "") for n in row] for row in counts.tolist()],
+                               colorscale="Blues", zmin=0, zmax=max(highest, 1),
                                colorbar={"title": "images<br>off the<br>diagonal"}, texttemplate="%{text}" if few else None,
                                customdata=counts.numpy(), hovertemplate="%{y} and %{x}: %{customdata} images<extra></extra>"))
     fig.update_layout(title=title, width=520, height=480, plot_bgcolor="#eeeeee")

@@ -76,11 +76,12 @@ class VAE:
             store: keeps the stage and lets a killed training resume; None keeps nothing.
 
         Raises:
-            ValueError: fewer than two vectors, not [K D], NaN, or `sizes` that do not add up to D.
+            ValueError: fewer than two vectors, all the same, not [K D], NaN, or `sizes` that do not add up to D.
         """
         device, own, vae = self.device, self.network, self.settings
         theta = subset.vectors(theta, at_least=2, device=device)
         self.standardise = subset.Standardiser(theta, self.sizes, own.centre)
+        subset.distinct(theta)
         v = self.standardise(theta)
 
         def train(checkpoint: Checkpoint) -> dict[str, Tensor]:

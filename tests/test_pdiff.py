@@ -332,6 +332,15 @@ def test_pca_rebuilds_exactly_from_as_many_components_as_there_are_directions(k,
     torch.testing.assert_close(pca.basis @ pca.basis.T, torch.eye(used), rtol=1e-5, atol=1e-5)
 
 
+def test_what_cannot_be_told_apart_is_said_before_the_training(monkeypatch):
+    monkeypatch.setattr(denoiser, "fit", lambda *_, **__: pytest.fail("work began"))
+    with pytest.raises(ValueError, match="all 5 originals are the same vector"):
+        PDiff((48, 48), **SMALL, ae_kind="pca", standardise_latents=True).fit(zoo(k=1).expand(5, -1))
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, v: v.new_ones(len(v), 6) + 0 * self.to_inner.weight.sum())
+    with pytest.raises(ValueError, match="the latents of all 40 originals are the same numbers"):
+        PDiff((48, 48), **SMALL, standardise_latents=True).fit(zoo())
+
+
 @pytest.mark.parametrize("latent_model", ["diffusion", "gaussian"])
 def test_pdiff_with_pca_stays_in_the_span(tmp_path, latent_model):
     theta, settings = zoo(k=6).to(DEVICE), {**SMALL, "ae_kind": "pca", "latent_dim": 64, "latent_model": latent_model}
