@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pdiff_lib import capture, data, evaluate, methods, networks, population, subset, symmetry, training, weights, zoo
-from pdiff_lib.recipe import Recipe
+from pdiff_lib.recipe import Recipe, short
 from pdiff_lib.runs import Store, tensor_digest
 
 ORIGINAL = "original"
@@ -66,7 +66,7 @@ class Originals:
     def title(self) -> str:
         """Network, dataset and scale, for titles of figures."""
         r = self.recipe
-        return (f"{r.base.network}, {r.data.dataset} at {self.images.size} px, {r.zoo.subset}, "
+        return (f"{r.base.network}, {short(r.data.dataset)} at {self.images.size} px, {r.zoo.subset}, "
                 f"D = {self.subset.numel:,}, K = {r.zoo.k_checkpoints}{' independent' * self.independent}"
                 f"{', aligned' * (r.population.alignment != 'none')}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
@@ -241,6 +242,15 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}: expected a finite number")
     return value
+
+
+def short(dataset: str) -> str:
+    """A data set in a title: its name, or that of its folder or first file.
+
+    >>> short("cifar10"), short("/data/my birds/"), short("data/animals-train.parquet,data/animals-test.parquet")
+    ('cifar10', 'my birds', 'animals-train')
+    """
+    return re.split(r"(?<=\.parquet)\s*,", dataset)[0].rstrip("/").rpartition("/")[2].removesuffix(".parquet")
 
 
 def unknown(what: str, name: str, known) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pdiff_lib import jobs, parameters, runs, storage, sweep
+from pdiff_lib import jobs, parameters, recipe, runs, storage, sweep
 from pdiff_lib.records import dumps, loads
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -51,6 +51,7 @@ def collect(grid: sweep.Sweep) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     table = table[[*grid.varied, *(c for c in table if c not in grid.varied)]]
     fixed = {n: v for n, v in grid.jobs[0].values.items() if n not in grid.varied}
+    fixed = {n: recipe.short(v) if n == "dataset" else v for n, v in fixed.items()}
     title = ", ".join(str(fixed[n]) + {"image_size": " px"}.get(n, "") for n in ("network", "dataset", "image_size", "subset")
                       if n in fixed)
     table.attrs = {"title": title, "varied": grid.varied, "present": len(parts), "missing": missing, "other_code": other}
@@ -84,7 +85,7 @@ def records(notebook: str = "") -> list[dict[str, Any]]:
         content = loads(file.read_text())
         if content["notebook"] == notebook or not notebook:
             s = content["settings"]
-            parts = (s.get("network"), s.get("dataset"), f"{s['image_size']} px" if "image_size" in s else None)
+            parts = (s.get("network"), recipe.short(s.get("dataset", "")), f"{s['image_size']} px" if "image_size" in s else None)
             scale = content["numbers"].get("scale") or ", ".join(p for p in parts if p)
             same = runs.digest(json.loads(dumps({"settings": s, "numbers": content["numbers"]})))
             found.setdefault((content["notebook"], same), {**content, "where": str(file), "scale": scale})
