@@ -511,3 +511,11 @@ def test_the_first_device_is_taken_where_none_is_named():
         assert training.device_of(None).type == "cuda"
         e = Experiment(Recipe.of(**SETTINGS), runs.Store(None), progress=False)
         assert {p.device.type for p in e.net.parameters()} == {e.fitted(PDIFF).z.device.type} == {"cuda"}
+
+
+def test_a_rehearsal_is_on_the_device_that_will_work():
+    net = networks.create("hyperrep-cnn", 4, 1, 32)
+    with Pretend() as gpu:
+        evaluate.rehearse(net, subset.select(net, "all"), (1, 32, 32), torch.device("cuda"))
+        assert next(net.parameters()).device.type == "cpu"
+    assert {kind for kind, *_ in gpu.events} >= {"launch", "upload"}
