@@ -138,7 +138,7 @@ def made(request):
     order = [path for pair in zip(wanted, reversed(wanted)) for path in pair][:len(wanted)][::-1]
     with ThreadPoolExecutor(at_once) as pool:
         yield {path: pool.submit(subprocess.run, [*command, path.stem], cwd=HERE, env=environment, capture_output=True,
-                                 text=True, timeout=1200) for path in order}
+                                 text=True, timeout=2400) for path in order}
         pool.shutdown(cancel_futures=True)
 
 
