@@ -9,13 +9,15 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from pdiff_lib import similarity
 from pdiff_lib.experiment import ORIGINAL, Experiment
+from pdiff_lib.measures import similarity
+from pdiff_lib.tasks.classification import Classification
 
 BAGS = (1, 2, 5, 10, 50)
+DRAWS = 20  # random ensembles of a size
 
 
-def ensemble_accuracy(predictions: Integer[Tensor, "M N"], y: Integer[Tensor, "N"], size: int, draws: int = 20,
+def ensemble_accuracy(predictions: Integer[Tensor, "M N"], y: Integer[Tensor, "N"], size: int, draws: int = DRAWS,
                       generator: torch.Generator | None = None) -> float:
     """Accuracy of the majority vote of `size` different random networks, mean over draws.
 
@@ -53,18 +55,27 @@ def table(experiment: Experiment, names: Sequence[str] | None = None) -> pd.Data
     """A row per method.
 
     Columns: those of `Experiment.summary`, `pairwise` (similarity among its networks), `bag_1` to `bag_50` (accuracy of
-    their vote), and `fit_seconds` and `sample_seconds` (as computed; NaN for the originals).
+    their vote; of another task than classification the score of their mean output), and `fit_seconds` and `sample_seconds` (as computed; NaN for the originals).
     """
     summary = experiment.summary(list(names) if names else None)
-    y, rows = experiment.images.y_test.cpu(), {}
+    rows = {}
     for name in summary.index:
-        predictions = experiment.predictions(name)
-        bags = {f"bag_{size}": ensemble_accuracy(predictions, y, size, generator=experiment.generator(f"bag {size}"))
-                for size in BAGS}
+        bags = {f"bag_{size}": _together(experiment, name, size, experiment.generator(f"bag {size}")) for size in BAGS}
         spent = experiment.seconds.get(name, {})
         rows[name] = {"pairwise": similarity.pairwise(experiment.wrong(name)), **bags,
                       **{f"{verb}_seconds": spent.get(verb, float("nan")) for verb in ("fit", "sample")}}
     return summary.join(pd.DataFrame.from_dict(rows, orient="index"))
+
+
+def _together(experiment: Experiment, name: str, size: int, generator: torch.Generator) -> float:
+    outputs, task = experiment.predictions(name), experiment.task
+    if isinstance(task, Classification):
+        return ensemble_accuracy(outputs, task.y_test, size, generator=generator)
+    if size > len(outputs):
+        return float("nan")
+    chosen = [torch.randperm(len(outputs), generator=generator)[:size] for _ in range(DRAWS if size < len(outputs) else 1)]
+    means = torch.stack([outputs[part].mean(dim=0) for part in chosen])
+    return float(task.judged(means, experiment.predictions(ORIGINAL) if task.relative else None).score.mean())
 
 
 def above(accuracy: float, similar: float, others_accuracy: Float[Tensor, "B"], others_similar: Float[Tensor, "B"]) -> float:

@@ -1,4 +1,4 @@
-"""One recipe, walked from images to a table: the line that every notebook draws its figures from.
+"""One recipe, walked from its data to a table: the line that every notebook draws its figures from.
 
 Nothing is computed before it is asked for, and nothing twice: each stage is kept under the digest of what it depends on.
 """
@@ -13,25 +13,28 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from pdiff_lib import autoencoder, baselines, capture, denoiser, diffusion, evaluate, methods, pdiff, similarity, subset
-from pdiff_lib import symmetry, training, vae, weights
+from pdiff_lib.base import training, vectors
+from pdiff_lib.base.recipe import Autoencoder, Diffusion, Recipe, Sampling, Vae
+from pdiff_lib.base.runs import Store, tensor_digest
+from pdiff_lib.base.vectors import Array
+from pdiff_lib.generators import autoencoder, baselines, denoiser, diffusion, methods, pdiff, vae
+from pdiff_lib.measures import similarity
+from pdiff_lib.networks import symmetry, weights
 from pdiff_lib.originals import ORIGINAL, Originals
-from pdiff_lib.recipe import Autoencoder, Diffusion, Recipe, Sampling, Vae
-from pdiff_lib.runs import Store, tensor_digest
-from pdiff_lib.subset import Array
+from pdiff_lib.tasks.task import Judged, Predictor
 
 AVERAGE, PDIFF = "average", "p-diff"
 LEARNED = "what methods learn from"
-SAMPLED = (autoencoder, denoiser, diffusion, baselines.gaussian, subset.Standardiser)  # code of sampling
+SAMPLED = (autoencoder, denoiser, diffusion, baselines.gaussian, vectors.Standardiser)  # code of sampling
 
 
 class Experiment(Originals):
     """The stages of one recipe, computed when first asked for.
 
-    Construction loads the images, creates the network and selects the subset: whatever is wrong with the recipe is said
+    Construction loads the data, creates the network and selects the subset: whatever is wrong with the recipe is said
     here, before any long work.
 
     Args:
@@ -39,13 +42,13 @@ class Experiment(Originals):
         store: where stages are kept; None: `runs/stages`.
         device: for everything; None: CUDA when there is one.
         progress: show progress bars.
-        shared: what experiments over the same images or network have in common; hand the same dict to all of them.
+        shared: what experiments over the same data or network have in common; hand the same dict to all of them.
 
     Attributes:
         seconds: of each method, once it has been used: "fit" and "sample", as computed, also when read back.
 
     Raises:
-        ValueError: unknown dataset or network, images that the network does not take, a subset that matches nothing, ...
+        ValueError: unknown task, dataset or network, data that the network does not take, a subset that matches nothing, ...
     """
 
     def __init__(self, recipe: Recipe, store: Store | None = None, device: str | None = None, progress: bool = True,
@@ -96,7 +99,7 @@ class Experiment(Originals):
         """
         originals, copies = self.theta(ORIGINAL), self.recipe.population.permutations
         if LEARNED not in self._kept:
-            subset.distinct(originals)
+            vectors.distinct(originals)
             if still := self.subset.still(originals):
                 warnings.warn(f"{len(still)} of {len(self.subset.names)} tensors are the same in all {len(originals)} "
                               f"originals ({weights.some(still)}): methods learn nothing of them but their value")
@@ -151,66 +154,83 @@ class Experiment(Originals):
         return self._kept.get(name)
 
     @cached_property
-    def evaluator(self) -> evaluate.Evaluator:
-        """The trained network over the test images, captured once for all methods."""
-        key = self.net_digest, self.subset.names, self.images.digest
+    def predictor(self) -> Predictor:
+        """The trained network over the test items, made ready once for all methods."""
+        key = self.net_digest, self.subset.names, self.task.digest
         if key not in self._shared:
-            net, images = self._net_as_it_was(), self.images
-            self._shared[key] = evaluate.Evaluator(net, self.subset, images.x_test, prepare=images.prepare, device=self.device,
-                                                   progress=self.progress)
+            self._shared[key] = self.task.predictor(self._net_as_it_was(), self.subset, self.device, self.progress)
         return self._shared[key]
 
-    def predictions_of(self, theta: Float[Array, "M D"]) -> Integer[Tensor, "M N"]:
-        """The class that any parameter vectors give to each test image (stage "predictions"); -1 where the scores are not
-        finite."""
-        theta = subset.vectors(theta, self.subset.numel)
-        dtype = torch.int16 if self.images.num_classes < 2**15 else torch.int32
-
-        def compute(_checkpoint):
-            return {"predictions": self.evaluator.predict(theta).to(dtype)}
-
+    def predictions_of(self, theta: Float[Array, "M D"]) -> Shaped[Tensor, "M N ..."]:
+        """What any parameter vectors give for each test item (stage "predictions"): of a classifier the class, -1 where its
+        scores are not finite."""
+        theta = vectors.vectors(theta, self.subset.numel)
         key = {"net": self.net_digest, "names": self.subset.names, "theta": tensor_digest(theta),
-               "images": self.images.digest, "device": self.device.type}
-        return evaluate.no_class_warned(self.store.stage("predictions", key, compute, code=(capture, evaluate))["predictions"])
+               "images": self.task.digest, "device": self.device.type}
+        stage = self.store.stage("predictions", key, lambda _: {"predictions": self.predictor(theta)}, code=self.task.judging)
+        return self.task.warned(stage["predictions"])
 
-    def predictions(self, name: str) -> Integer[Tensor, "M N"]:
-        """The class that the networks of a method give to each test image."""
+    def predictions(self, name: str) -> Shaped[Tensor, "M N ..."]:
+        """What the networks of a method give for each test item."""
         if name not in self._predictions:
             self._predictions[name] = self.predictions_of(self.theta(name))
         return self._predictions[name].clone()  # theirs who ask for it
 
+    def _originals(self) -> Tensor | None:
+        return self.predictions(ORIGINAL) if self.task.relative else None
+
+    def judged_of(self, theta: Float[Array, "M D"]) -> Judged:
+        """The score of any parameter vectors, and which test items they get wrong."""
+        return self.task.judged(self.predictions_of(theta), self._originals())
+
+    def judged(self, name: str) -> Judged:
+        """The score of the networks of a method, and which test items they get wrong."""
+        return self.task.judged(self.predictions(name), self._originals())
+
     def wrong_of(self, theta: Float[Array, "M D"]) -> Bool[Tensor, "M N"]:
-        """Which test images any parameter vectors get wrong."""
-        return self.predictions_of(theta) != self.images.y_test.cpu()
+        """Which test items any parameter vectors get wrong.
+
+        Raises:
+            ValueError: "wrong" has no meaning for this task.
+        """
+        return self._meant(self.judged_of(theta).wrong)
 
     def wrong(self, name: str) -> Bool[Tensor, "M N"]:
-        """Which test images the networks of a method get wrong."""
-        return self.predictions(name) != self.images.y_test.cpu()
+        """Which test items the networks of a method get wrong; raises as `wrong_of`."""
+        return self._meant(self.judged(name).wrong)
+
+    def _meant(self, wrong: Tensor | None) -> Tensor:
+        if wrong is None:
+            raise ValueError(f"task {self.recipe.data.task!r} has no items that a network gets wrong: expected a task with some")
+        return wrong
 
     def frame(self, names: list[str] | None = None) -> pd.DataFrame:
-        """A row per network: method, index, accuracy, similarity to the originals and which is nearest.
+        """A row per network: method, index, score, similarity to the originals and which is nearest.
 
-        Columns: `method`, `index`, `accuracy` (fraction), `max_similarity` (Eq. 7), `nearest` (index of that original),
-        `distance` (Euclidean, to the nearest original), `outside_span` (see `similarity.outside_span`).
+        Columns: `method`, `index`, `score` (of classifiers `accuracy`, a fraction; `Score.column` of the task), `max_similarity`
+        (Eq. 7; NaN where the task has no "wrong"), `nearest` (index of that original; -1 likewise), `distance` (Euclidean, to the
+        nearest original), `outside_span` (see `similarity.outside_span`).
         """
         names = names or [ORIGINAL, *self.methods]
-        return pd.concat([self.frame_of(name, self.theta(name)) for name in names], ignore_index=True)
+        rows = pd.concat([self.frame_of(name, self.theta(name)) for name in names], ignore_index=True)
+        return self.task.score.of_frame(rows)
 
     def frame_of(self, name: str, theta: Float[Array, "M D"]) -> pd.DataFrame:
         """The rows of `frame` for any parameter vectors under a name; `ORIGINAL`: an original is not compared with itself."""
-        wrong, own = self.wrong_of(theta), name == ORIGINAL
-        value, nearest = similarity.nearest(wrong, self.wrong(ORIGINAL), exclude_self=own)
-        originals = self.theta(ORIGINAL)
-        return pd.DataFrame({
-            "method": name, "index": range(len(wrong)), "accuracy": evaluate.accuracy(wrong).numpy(),
+        judged, own, originals = self.judged_of(theta), name == ORIGINAL, self.theta(ORIGINAL)
+        value, nearest = torch.full((len(theta),), torch.nan), torch.full((len(theta),), -1)
+        if judged.wrong is not None:
+            value, nearest = similarity.nearest(judged.wrong, self.wrong(ORIGINAL), exclude_self=own)
+        return self.task.score.of_frame(pd.DataFrame({
+            "method": name, "index": range(len(theta)), self.task.score.column: judged.score.numpy(),
             "max_similarity": value.numpy(), "nearest": nearest.numpy(),
             "distance": similarity.distance(theta, originals, exclude_self=own).numpy(),
-            "outside_span": similarity.outside_span(theta, originals).numpy()})
+            "outside_span": similarity.outside_span(theta, originals).numpy()}))
 
     def summary(self, names: list[str] | None = None) -> pd.DataFrame:
-        """A row per method: n, accuracy (mean, std, best; best on one half of the images, reported on the other), and
+        """A row per method: n, score (mean, std, best; best on one half of the test items, reported on the other), and
         the means of the three measures of novelty."""
         frame = self.frame(names)
         novelty = frame.groupby("method", sort=False)[["max_similarity", "distance", "outside_span"]].mean()
-        accuracy = {name: evaluate.summary(self.wrong(name)) for name in novelty.index}
-        return pd.DataFrame.from_dict(accuracy, orient="index").join(novelty).rename_axis("method")
+        scores = {name: self.task.summary(self.predictions(name), self._originals()) for name in novelty.index}
+        return pd.DataFrame.from_dict(scores, orient="index").join(novelty).rename_axis("method")

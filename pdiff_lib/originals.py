@@ -1,4 +1,4 @@
-"""The first half of a recipe: its images, the network trained on them, and the originals.
+"""The first half of a recipe: its task, the network trained for it, and the originals.
 
 Nothing is computed before it is asked for, and nothing twice: each stage is kept under the digest of what it depends on.
 """
@@ -13,19 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from pdiff_lib import capture, data, evaluate, methods, networks, population, subset, symmetry, training, weights, zoo
-from pdiff_lib.recipe import Recipe, short
-from pdiff_lib.runs import Store, tensor_digest
+from pdiff_lib import zoos
+from pdiff_lib.base import training
+from pdiff_lib.base.recipe import Recipe
+from pdiff_lib.base.runs import Store, tensor_digest
+from pdiff_lib.generators import methods
+from pdiff_lib.networks import subset, symmetry
+from pdiff_lib.tasks import task
+from pdiff_lib.zoos import population
 
 ORIGINAL = "original"
-# The code of one training step.
-STEP = (zoo.Feed, zoo._classification, data.Images.augment, data.Images.augment_many, data._random_crop, data.epoch_order, training)
 
 
 class Originals:
-    """Images, network and originals of a recipe, computed when first asked for.
+    """Task, network and originals of a recipe, computed when first asked for.
 
-    Construction loads the images, creates the network and selects the subset: whatever is wrong with the recipe is said
+    Construction loads the data, creates the network and selects the subset: whatever is wrong with the recipe is said
     here, before any long work. Arguments and errors as for `experiment.Experiment`.
     """
 
@@ -35,14 +38,11 @@ class Originals:
         self.store = store or Store()
         self.store.device = self.store.device or self.device  # what its records name, beyond "cuda"
         self._shared = {} if shared is None else shared
-        d, b = recipe.data, recipe.base
-        if d not in self._shared:
-            self._shared[d] = data.load(d.dataset, size=d.image_size, channels=d.image_channels or None,
-                                        train_images=d.train_images, test_images=d.test_images, seed=d.data_seed)
-        self.images = self._shared[d]
-        self._initial = networks.create(b.network, self.images.num_classes, self.images.channels, self.images.size,
-                                    b.pretrained, b.weights or None, seed=b.seed)
-        networks.check(self._initial, (self.images.channels, self.images.size, self.images.size))
+        if recipe.data not in self._shared:
+            self._shared[recipe.data] = task.of(recipe.data)
+        self.task: task.Task = self._shared[recipe.data]
+        self._initial = self.task.network(recipe.base)
+        self.task.check(self._initial)
         self.subset = subset.select(self._initial, recipe.zoo.subset)
         self._check_population()
         self._kept = methods.Kept()
@@ -66,7 +66,7 @@ class Originals:
     def title(self) -> str:
         """Network, dataset and scale, for titles of figures."""
         r = self.recipe
-        return (f"{r.base.network}, {short(r.data.dataset)} at {self.images.size} px, {r.zoo.subset}, "
+        return (f"{r.base.network}, {self.task.title}, {r.zoo.subset}, "
                 f"D = {self.subset.numel:,}, K = {r.zoo.k_checkpoints}{' independent' * self.independent}"
                 f"{', aligned' * (r.population.alignment != 'none')}")
 
@@ -92,10 +92,10 @@ class Originals:
             def compute(checkpoint):
                 self._rehearse()
                 net = copy.deepcopy(self._initial).to(self.device)
-                losses = zoo.train(net, self.images, checkpoint=checkpoint, device=self.device, progress=self.progress, **base)
+                losses = zoos.train(net, self.task, checkpoint=checkpoint, device=self.device, progress=self.progress, **base)
                 return {"losses": losses, **net.state_dict(prefix="net.")}
 
-            stage = self.store.stage("network", {**self._start, **base}, compute, code=(zoo.train, *STEP))
+            stage = self.store.stage("network", {**self._start, **base}, compute, code=(zoos.train, *self.task.code))
             net.load_state_dict({k.removeprefix("net."): v for k, v in stage.items() if k.startswith("net.")})
             self.training_losses = stage["losses"]
         return net.to(self.device).eval(), tensor_digest(net.state_dict())
@@ -107,47 +107,39 @@ class Originals:
         return self.net
 
     def _judge_start(self) -> None:
-        """Say how good the weights are that were given: on at most 1000 test images, once for all experiments that share."""
-        base, y = self.recipe.base, self.images.y_test
+        """Say how good the weights are that were given, once for all experiments that share."""
+        base = self.recipe.base
         if not base.weights and (not base.pretrained or base.base_epochs):
             return  # random, or about to get a head
-        key = {**self._start, "images": self.images.digest}
-
-        def compute(_checkpoint=None):
-            pick = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:1000]  # stored by class, often
-            theta, x = self.subset.flatten(self._initial)[None], self.images.x_test[pick]
-            wrong = evaluate.wrong(self._initial, self.subset, theta, x, y[pick], prepare=self.images.prepare,
-                                   device=self.device)
-            return {"right": (~wrong).sum(), "images": torch.tensor(len(pick))}
-
+        key = {**self._start, "images": self.task.digest}
         if ("start", *key.values()) not in self._shared:
-            stage = self.store.stage("start", key, compute, code=(capture, evaluate))
+            stage = self.store.stage("start", key, lambda _: self.task.start(self._initial, self.subset, self.device),
+                                     code=self.task.judging)
             self._shared["start", *key.values()] = stage
-            weights.judge(int(stage["right"]), int(stage["images"]), float(y.bincount().max() / len(y)),
-                          f"weights {base.weights!r}" if base.weights else f"published weights of {base.network}")
+            self.task.say_start(stage, f"weights {base.weights!r}" if base.weights else f"published weights of {base.network}")
 
     @property
     def _start(self) -> dict[str, str]:
         """What training starts from; pretrained weights and the user's own count by content."""
-        return {"images": self.images.training_digest, "start": tensor_digest(self._initial.state_dict()),
+        return {"images": self.task.training_digest, "start": tensor_digest(self._initial.state_dict()),
                 "device": self.device.type}
 
-    def training_path(self, moments: int = 6) -> zoo.TrainingPath:
-        """See `zoo.training_path` (stage "training path")."""
+    def training_path(self, moments: int = 6) -> zoos.TrainingPath:
+        """See `zoos.training_path` (stage "training path")."""
         self._judge_start()
         base = dataclasses.asdict(self.recipe.base)
 
         def compute(checkpoint):
-            path = zoo.training_path(copy.deepcopy(self._initial), self.images, self.subset, moments, checkpoint=checkpoint,
+            path = zoos.training_path(copy.deepcopy(self._initial), self.task, self.subset, moments, checkpoint=checkpoint,
                                      device=self.device, progress=self.progress, **base)
             return {**path._asdict(), "epochs": torch.tensor(path.epochs, dtype=torch.float64)}
 
-        key = {**self._start, **base, "moments": moments, "names": self.subset.names, "images": self.images.digest}
-        stage = self.store.stage("training path", key, compute, code=(zoo.training_path, zoo.train, capture, evaluate, *STEP))
-        return zoo.TrainingPath(stage["epochs"].tolist(), stage["theta"], stage["accuracy"])
+        key = {**self._start, **base, "moments": moments, "names": self.subset.names, "images": self.task.digest}
+        stage = self.store.stage("training path", key, compute, code=(zoos.training_path, zoos.train, *self.task.judging, *self.task.code))
+        return zoos.TrainingPath(stage["epochs"].tolist(), stage["theta"], stage["accuracy"])
 
     @cached_property
-    def zoo(self) -> zoo.Zoo:
+    def zoo(self) -> zoos.Zoo:
         """The originals: one fine-tuning (stage "zoo", Table 5b) or a population (stage "population", Table 7); aligned, if
         that is asked for: of the same functions, with their units in the order of the first one's."""
         z = self._population() if self.independent else self._trajectory()
@@ -157,23 +149,23 @@ class Originals:
         return z
 
     def _rehearse(self) -> None:
-        evaluate.rehearse(self._initial, self.subset, (self.images.channels, self.images.size, self.images.size), self.device)
+        self.task.rehearse(self._initial, self.subset, self.device)
 
-    def _population(self) -> zoo.Zoo:
+    def _population(self) -> zoos.Zoo:
         self._rehearse()
-        return population.collect(self.images, self.recipe.zoo.k_checkpoints, store=self.store, device=self.device,
+        return population.collect(self.task, self.recipe.zoo.k_checkpoints, store=self.store, device=self.device,
                                   progress=self.progress, **dataclasses.asdict(self.recipe.base))
 
-    def _trajectory(self) -> zoo.Zoo:
+    def _trajectory(self) -> zoos.Zoo:
         base, own = self.recipe.base, dataclasses.asdict(self.recipe.zoo)
         augmentation = {"seed": base.seed, "flip": base.flip, "crop_scale": base.crop_scale}
 
         def compute(checkpoint):
-            z = zoo.collect(self._net_as_it_was(), self.subset, self.images, checkpoint=checkpoint, device=self.device,
+            z = zoos.collect(self._net_as_it_was(), self.subset, self.task, checkpoint=checkpoint, device=self.device,
                             progress=self.progress, **own, **augmentation)
             return {"theta": z.theta, "losses": z.losses}
 
-        key = {"images": self.images.training_digest, "net": self.net_digest, "device": self.device.type, **own,
+        key = {"images": self.task.training_digest, "net": self.net_digest, "device": self.device.type, **own,
                **augmentation}
-        stage = self.store.stage("zoo", key, compute, code=(zoo.collect, *STEP))
-        return zoo.Zoo(stage["theta"], self.subset.names, self.subset.shapes, stage["losses"])
+        stage = self.store.stage("zoo", key, compute, code=(zoos.collect, *self.task.code))
+        return zoos.Zoo(stage["theta"], self.subset.names, self.subset.shapes, stage["losses"])

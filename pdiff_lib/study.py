@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from pdiff_lib.base import score as scores
+from pdiff_lib.base.recipe import Recipe
+from pdiff_lib.base.runs import Store
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
-from pdiff_lib.recipe import Recipe
-from pdiff_lib.runs import Store
 
 
 class Study:
@@ -59,15 +60,15 @@ class Study:
             part.insert(0, "seed", seed)
             part.insert(0, "row", row)
             parts.append(part)
-        return pd.concat(parts, ignore_index=True)
+        return self.first.task.score.of_frame(pd.concat(parts, ignore_index=True))
 
 
 def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
-    """A line per row, method and seed: n, mean and best accuracy (fractions), mean and 5th and 95th percentile of the maximum
-    similarity, and `gain`, the mean accuracy beyond that of the same row's and seed's originals (where they are there)."""
+    """A line per row, method and seed: n, mean and best score (accuracies are fractions), mean and 5th and 95th percentile of the maximum
+    similarity, and `gain`, the mean score beyond that of the same row's and seed's originals (where they are there)."""
     groups = frame.groupby(["row", "method", "seed"], sort=False)
-    table = groups.agg(n=("accuracy", "size"), mean=("accuracy", "mean"), std=("accuracy", lambda a: a.std(ddof=0)),
-                       best=("accuracy", "max"), max_similarity=("max_similarity", "mean"),
+    score = scores.of(frame)
+    table = groups.agg(**score.aggregates, max_similarity=("max_similarity", "mean"),
                        low=("max_similarity", lambda s: s.quantile(0.05)), high=("max_similarity", lambda s: s.quantile(0.95)),
                        distance=("distance", "mean"), outside_span=("outside_span", "mean")).reset_index()
     own = table[table.method == ORIGINAL].set_index(["row", "seed"])["mean"]

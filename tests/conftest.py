@@ -6,9 +6,10 @@ import pytest
 from jaxtyping import config, install_import_hook
 
 # All but `recipe`, which holds no tensors and checks (and converts) every value by itself.
-PACKAGE = Path(__file__).parent.parent / "pdiff_lib"
-MODULES = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__", "recipe"}
-install_import_hook([f"pdiff_lib.{name}" for name in MODULES], "beartype.beartype")
+PACKAGE = Path(__file__).parents[1] / "pdiff_lib"
+MODULES = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in PACKAGE.rglob("*.py")
+           if file.stem not in ("__init__", "recipe")}
+install_import_hook(sorted(MODULES), "beartype.beartype")
 
 
 @pytest.fixture

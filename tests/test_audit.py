@@ -133,7 +133,7 @@ def test_the_table_is_the_summary_and_what_votes_and_pairs_give(tmp_path):
     table, summary = audit.table(e, names), e.summary(names)
     pd.testing.assert_frame_equal(table[summary.columns], summary)
     assert table.index.name == "method" and list(table.index) == names
-    y = e.images.y_test
+    y = e.task.images.y_test
     for name, row in table.iterrows():
         wrong, predictions = e.wrong(name), e.predictions(name)
         pairs = [float((a & b).sum() / (a | b).sum()) for a, b in itertools.combinations(wrong, 2)]

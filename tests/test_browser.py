@@ -8,9 +8,10 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
-from browser import CHROMIUM, HERE, chromium, lab, run_all, served
 
-from pdiff_lib import app, jobs, runs
+from browser import CHROMIUM, HERE, chromium, lab, run_all, served
+from pdiff_lib.base import runs
+from pdiff_lib.batches import app, jobs
 
 NOTEBOOKS = HERE / "notebooks"
 SMALL = {"train_images": 100, "test_images": 100, "network": "test_resnet", "base_epochs": 15, "base_lr": 0.01, "k_checkpoints": 12, "zoo_batch": 16,
@@ -110,7 +111,7 @@ def test_explorers_in_jupyterlab(desk, pictures, monkeypatch, stages, table):
 
 def test_explorers_as_a_page(tmp_path, pictures, stages, table):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "source": table}))
-    command = [sys.executable, "-m", "pdiff_lib.cli", "app", "-f", str(tmp_path / "small.yaml"), "--port", "0", "--no-browser"]
+    command = [sys.executable, "-m", "pdiff_lib.batches.cli", "app", "-f", str(tmp_path / "small.yaml"), "--port", "0", "--no-browser"]
     with served(command, tmp_path / "log", **stages) as address, chromium() as page:
         assert address.startswith("http://127.0.0.1:")
         page.goto(address, timeout=300_000)

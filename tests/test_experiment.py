@@ -10,9 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from device import DEVICE
-from pdiff_lib import autoencoder, denoiser, evaluate, pdiff, population, runs, training, zoo
+from pdiff_lib import zoo
+from pdiff_lib.base import runs, training
+from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.experiment import AVERAGE, ORIGINAL, PDIFF, Experiment
-from pdiff_lib.recipe import Recipe
+from pdiff_lib.generators import autoencoder, denoiser, pdiff
+from pdiff_lib.tasks import evaluate
+from pdiff_lib.zoos import population
 
 SMALL = {
     "dataset": "digits",
@@ -70,7 +74,7 @@ def done(folder) -> Experiment:
 def wrong_plain(e: Experiment, name: str) -> np.ndarray:
     """Which test images each network of a method gets wrong: one load and one plain forward per network."""
     net, rows = copy.deepcopy(e.net), []
-    x = e.images.prepare(e.images.x_test)
+    x = e.task.images.prepare(e.task.images.x_test)
     for theta in e.theta(name):
         state, at = dict(net.state_dict()), 0
         for n, shape in zip(e.subset.names, e.subset.shapes):
@@ -79,7 +83,7 @@ def wrong_plain(e: Experiment, name: str) -> np.ndarray:
             at += size
         net.load_state_dict(state)
         with torch.no_grad():
-            rows.append((net.eval()(x).argmax(1) != e.images.y_test).numpy())
+            rows.append((net.eval()(x).argmax(1) != e.task.images.y_test).numpy())
     return np.array(rows)
 
 
@@ -219,7 +223,7 @@ def test_images_of_another_kind_than_a_network_takes(tmp_path):
     with pytest.raises(ValueError, match="takes 64x64"):
         experiment(tmp_path, network="mlp-mini")
     e = experiment(tmp_path, network="mlp-mini", image_size=64, image_channels=3)
-    assert e.images.channels == 3 and e.images.x_train.shape == (100, 3, 8, 8)
+    assert e.task.images.channels == 3 and e.task.images.x_train.shape == (100, 3, 8, 8)
 
 
 def test_methods_by_name(done):
@@ -363,7 +367,7 @@ def weights(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("weights")
     e = experiment(tmp_path, base_epochs=25, base_lr=0.01, crop_scale=1.0)
     save_file(e.net.state_dict(), tmp_path / "w.safetensors")
-    x, y = e.images.prepare(e.images.x_test), e.images.y_test
+    x, y = e.task.images.prepare(e.task.images.x_test), e.task.images.y_test
     with torch.no_grad():
         return tmp_path / "w.safetensors", float((e.net(x).argmax(1) == y).double().mean())
 
@@ -417,7 +421,7 @@ def test_training_path_ends_at_the_trained_network_and_starts_at_the_untrained(d
     assert path.epochs[0] == 0 and path.epochs[-1] == 1 and path.theta.shape == (len(path.epochs), done.subset.numel)
     trained = done.subset.flatten(done.net)
     assert torch.equal(path.theta[-1], trained) and not torch.equal(path.theta[0], trained)
-    x, y = done.images.prepare(done.images.x_test), done.images.y_test
+    x, y = done.task.images.prepare(done.task.images.x_test), done.task.images.y_test
     with torch.no_grad():
         right = (done.net(x).argmax(1) == y).double().mean()
     assert float(path.accuracy[-1]) == pytest.approx(float(right), abs=1e-6)
@@ -454,7 +458,7 @@ def test_experiments_that_share_do_not_load_or_capture_twice(folder, done):
     shared = {}
     a, b, other = (Experiment(Recipe.of(**{**SMALL, **c}), runs.Store(folder), DEVICE, False, shared)
                    for c in ({}, {"T": 4}, {"test_images": 50}))
-    assert a.images is b.images is not other.images and a.evaluator is b.evaluator is not other.evaluator
+    assert a.task.images is b.task.images is not other.task.images and a.predictor is b.predictor is not other.predictor
     assert torch.equal(a.wrong(ORIGINAL), done.wrong(ORIGINAL)) and other.wrong(ORIGINAL).shape == (6, 50)
 
 
@@ -468,7 +472,7 @@ def independent(folder) -> Experiment:
 
 def test_independent_originals_are_a_population(independent, folder):
     e = independent
-    collected = population.collect(e.images, 6, device=DEVICE, progress=False, **dataclasses.asdict(e.recipe.base))
+    collected = population.collect(e.task.images, 6, device=DEVICE, progress=False, **dataclasses.asdict(e.recipe.base))
     torch.testing.assert_close(e.zoo.theta, collected.theta)
     assert e.zoo.names == e.subset.names and e.zoo.losses.shape == (6,) and torch.pdist(e.zoo.theta).min() > 1
     np.testing.assert_array_equal(e.wrong(ORIGINAL).numpy(), wrong_plain(e, ORIGINAL))

@@ -10,18 +10,23 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu import count, notebooks
-from gpu.fake import empty_like, fake_cuda, on_cuda
-from gpu.pretend import Pretend
 from test_experiment import SMALL
 from timm.models.swin_transformer import SwinTransformer
 from torch.utils._pytree import tree_map
 
-from pdiff_lib import audit, autoencoder, baselines, capture, data, denoiser, diffusion, evaluate, explore, memory, meter
-from pdiff_lib import networks, pdiff, population, runs, similarity, subset, symmetry, training, vae, zoo
+from gpu import count, notebooks
+from gpu.fake import empty_like, fake_cuda, on_cuda
+from gpu.pretend import Pretend
+from pdiff_lib import audit, explore, networks, zoo
+from pdiff_lib.base import runs, training
+from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
-from pdiff_lib.recipe import Recipe
+from pdiff_lib.generators import autoencoder, baselines, denoiser, diffusion, memory, meter, pdiff, vae
+from pdiff_lib.measures import similarity
+from pdiff_lib.networks import capture, subset, symmetry
 from pdiff_lib.study import Study
+from pdiff_lib.tasks import data, evaluate
+from pdiff_lib.zoos import population
 
 pytestmark = pytest.mark.filterwarnings("error:.*cannot be captured")  # the whole network per vector: right, and slow
 SETTINGS = {**SMALL, "test_images": 50, "samples": 3, "noise_scales": [0.05], "T": 6}

@@ -15,7 +15,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from pdiff_lib import jobs, recipe
+from pdiff_lib.base import recipe
+from pdiff_lib.batches import jobs
 
 HERE = Path(__file__).parents[1]
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
@@ -133,7 +134,7 @@ def made(request):
     at_once = min(cores, 4)
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores // at_once)}
     environment.pop("PDIFF_RUN_DIR", None)
-    command = [sys.executable, "-m", "pdiff_lib.cli", "run"]
+    command = [sys.executable, "-m", "pdiff_lib.batches.cli", "run"]
     # From the middle of the list, where the longest are, to its ends: neighbours want the same stages, and would wait for each other.
     order = [path for pair in zip(wanted, reversed(wanted)) for path in pair][:len(wanted)][::-1]
     with ThreadPoolExecutor(at_once) as pool:

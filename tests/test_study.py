@@ -6,9 +6,9 @@ import pytest
 from test_experiment import SMALL, Copies, experiment, forbidden
 
 from device import DEVICE
-from pdiff_lib import runs, training
+from pdiff_lib.base import runs, training
+from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.experiment import ORIGINAL, PDIFF
-from pdiff_lib.recipe import Recipe
 from pdiff_lib.study import Study, by_seed, over_seeds
 
 ROWS = {"T=10": {}, "T=4": {"T": 4}, "PCA": {"ae_kind": "pca"}, "K=4": {"k_checkpoints": 4}}
@@ -43,7 +43,7 @@ def test_rows_share_what_their_settings_leave_alone(done, folder):
         "generated": 8,
         "predictions": 12,  # of 4 zoos and 8 generated
     }
-    found = {id(e.images) for _, _, e in done}, {id(e.evaluator) for _, _, e in done}
+    found = {id(e.task.images) for _, _, e in done}, {id(e.predictor) for _, _, e in done}
     assert [len(ids) for ids in found] == [1, 2]
 
 

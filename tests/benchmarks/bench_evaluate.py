@@ -16,7 +16,8 @@ import warnings
 import timm
 import torch
 
-from pdiff_lib import capture, evaluate, subset
+from pdiff_lib.networks import capture, subset
+from pdiff_lib.tasks import evaluate
 
 IMAGES, SIZE = 64, 224
 CASES = [("resnet18", 20, 12), ("vit_tiny_patch16_224", 20, 12), ("resnet50", 20, 20), ("resnet18", 200, 16)]

@@ -39,10 +39,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PDIFF_RUNS"] = folder
         from browser import chromium, lab, run_all
-
-        from pdiff_lib import app, explore, jobs
+        from pdiff_lib import explore
+        from pdiff_lib.base.recipe import Recipe
+        from pdiff_lib.batches import app, jobs
         from pdiff_lib.experiment import Experiment
-        from pdiff_lib.recipe import Recipe
 
         path = jobs.find("50_explore")
         parameters = jobs.check(path, SETTINGS)

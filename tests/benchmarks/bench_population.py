@@ -13,7 +13,9 @@ import time
 
 import torch
 
-from pdiff_lib import data, networks, population, zoo
+from pdiff_lib import networks, zoo
+from pdiff_lib.tasks import data
+from pdiff_lib.zoos import population
 
 NETWORKS, STEPS = 16, 3
 CASES = [("hyperrep-cnn", 32, 128), ("hyperrep-cnn", 32, 32), ("mlp-mini", 64, 128), ("mlp-mini", 64, 32),

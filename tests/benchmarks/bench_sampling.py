@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from pdiff_lib.pdiff import PDiff
+from pdiff_lib.generators.pdiff import PDiff
 
 TIMED = 10  # networks timed one by one, scaled to all
 

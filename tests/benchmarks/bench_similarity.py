@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from pdiff_lib import similarity
+from pdiff_lib.measures import similarity
 
 MODELS, IMAGES, TIMED = 1400, 10_000, 40
 

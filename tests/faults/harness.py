@@ -19,7 +19,7 @@ seed = 0
 seconds = 1.0
 fail_at = 0
 log = ''""", """from work import note, stage
-from pdiff_lib import runs
+from pdiff_lib.base import runs
 run = runs.Run("faulty", {"k_checkpoints": k_checkpoints, "seed": seed})""",
          'shared = stage(log, "shared", {"seed": seed}, seconds)',
          'own = stage(log, "own", {"seed": seed, "k": k_checkpoints}, seconds)',
@@ -53,7 +53,7 @@ class Sweep:
         """The sweep in a process of its own."""
         self.count += 1
         with open(self.folder / f"out-{self.count}", "w") as out:
-            return subprocess.Popen([sys.executable, "-m", "pdiff_lib.cli", "sweep", str(self.file), *arguments], stdout=out,
+            return subprocess.Popen([sys.executable, "-m", "pdiff_lib.batches.cli", "sweep", str(self.file), *arguments], stdout=out,
                                     stderr=out, env=self.environment, cwd=self.folder)
 
     def finish(self, *arguments: str, timeout: float = 240) -> tuple[int, str]:
@@ -92,7 +92,7 @@ class Sweep:
 
     def losses(self) -> list[str]:
         """Everything that is not as it should be after the end: empty when each run is complete, and whole."""
-        from pdiff_lib import runs
+        from pdiff_lib.base import runs
 
         wrong = self.look()
         every = {f"run {s} {k}" for s in self.seeds for k in self.ks}

@@ -14,8 +14,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import harness
 import psutil
+
+import harness
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from pdiff_lib import runs
+from pdiff_lib.base import runs
 
 
 def note(log: str, *words: object) -> None:

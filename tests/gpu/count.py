@@ -16,9 +16,12 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from gpu.pretend import EVENTS, Pretend  # noqa: E402
-
-from pdiff_lib import autoencoder, data, denoiser, diffusion, evaluate, networks, population, recipe  # noqa: E402
-from pdiff_lib import subset, training, vae, zoo  # noqa: E402
+from pdiff_lib import networks, zoo
+from pdiff_lib.base import recipe, training
+from pdiff_lib.generators import autoencoder, denoiser, diffusion, vae
+from pdiff_lib.networks import subset  # noqa: E402
+from pdiff_lib.tasks import data, evaluate
+from pdiff_lib.zoos import population  # noqa: E402
 
 BATCH, STEPS = 8, 5
 QUIET = {"device": "cuda", "progress": False}

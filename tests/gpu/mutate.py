@@ -68,7 +68,7 @@ def _is_type(argument: ast.AST) -> bool:
 
 
 def moves_of(file: Path) -> list[Move]:
-    found = Dropping(file.name)
+    found = Dropping(str(file.relative_to(PACKAGE)))
     found.visit(ast.parse(file.read_text()))
     return found.moves
 
@@ -94,10 +94,10 @@ class Reach:
 
     def _enter(self, frame, event, value):
         path = Path(frame.f_code.co_filename) if "pdiff_lib" in frame.f_code.co_filename else None
-        return self._step if path and path.parent.name == "pdiff_lib" else None
+        return self._step if path and "pdiff_lib" in path.parts else None
 
     def _step(self, frame, event, value):
-        here = os.path.basename(frame.f_code.co_filename), frame.f_lineno
+        here = frame.f_code.co_filename.rpartition("pdiff_lib/")[2], frame.f_lineno
         if here in self.lines:
             self.reached[here].add(self.test)
         return self._step
@@ -136,7 +136,7 @@ def notices(move: Move, tests: list[str]) -> bool:
 def main() -> None:
     os.chdir(TESTS.parent)
     wanted = [a for a in sys.argv[1:] if not a.startswith("-")]
-    files = [f for f in sorted(PACKAGE.glob("*.py")) if not wanted or f.stem in wanted]
+    files = [f for f in sorted(PACKAGE.rglob("*.py")) if not wanted or f.stem in wanted]
     moves = [m for f in files for m in moves_of(f)]
     if "--list" in sys.argv:
         print("\n".join(f"{m.file}:{m.first} {m.text}" for m in moves), f"\n{len(moves)} moves")

@@ -21,9 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
 
 from gpu.pretend import EVENTS, Pretend  # noqa: E402
-
-from pdiff_lib import jobs  # noqa: E402
-
+from pdiff_lib.batches import jobs  # noqa: E402
 
 TINY = {"train_images": 60, "test_images": 60, "base_epochs": 2, "k_checkpoints": 8, "ae_channels": [2, 2], "latent_dim": 4,
         "latent_dims": [2, 4], "ae_steps": 3, "denoiser_channels": [2, 2, 2], "diffusion_steps": 3, "sampling_steps": 5,

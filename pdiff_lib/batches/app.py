@@ -1,0 +1,83 @@
+"""The explorers as a web page: one notebook, served by Voila without its code."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from pdiff_lib.base import runs
+
+
+def page(notebook: Path, parameters: Mapping[str, Any]) -> Path:
+    """A copy of the notebook with these parameters and without outputs, under `runs/app`.
+
+    Args:
+        notebook: with a cell tagged `parameters`.
+        parameters: checked values (`jobs.check`).
+    """
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    copy = parameterize_notebook(load_notebook_node(str(notebook)), dict(parameters))
+    for cell in copy.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    # A kernel starts in its notebook's folder; paths among the parameters are meant from here.
+    copy.cells.insert(0, nbformat.v4.new_code_cell(f"import os\n\nos.chdir({str(Path.cwd())!r})"))
+    copy.metadata.pop("papermill", None)
+    path = runs.root() / "app" / f"{notebook.stem}-{runs.digest(dict(parameters))}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return runs.write_text(path, nbformat.writes(copy))
+
+
+def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8866,
+          open_browser: bool = True, token: str = "") -> None:
+    """Serve the notebook until interrupted; each visitor gets a kernel of their own.
+
+    Args:
+        notebook: with a cell tagged `parameters`.
+        parameters: checked values (`jobs.check`).
+        host: address to listen on.
+        port: 0 = any that is free.
+        open_browser: open the page.
+        token: what a visitor must bring (`?token=...`, or typed in); without one whoever reaches the address can use the
+            explorers, and their kernel.
+
+    Raises:
+        ValueError: the port is taken, the host is no address of this machine, or others reach it and there is no token.
+    """
+    from voila.app import Voila
+
+    if not token and not _loopback(host):
+        raise ValueError(f"host {host!r} can be reached from other machines, and a page runs code on this one: expected a "
+                         "token (--token, or $PDIFF_TOKEN), or 127.0.0.1")
+    if token and not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):
+        raise ValueError("the token is too short, or holds what an address cannot: expected 8 or more of A-Z, a-z, 0-9, _.~-")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as free:
+            port = free.getsockname()[1]
+    except OSError as e:
+        raise ValueError(f"cannot listen on {host}, port {port}: {e.strerror or e}; expected an address of this machine "
+                         "and a free port (0: any)") from e
+    copy = page(notebook, parameters)
+    where = f"{f'[{host}]' if ':' in host else host}:{port}/{f'?token={token}' * bool(token)}"
+    print(f"http://{where} shows {notebook.name}; Ctrl-C ends it", flush=True)
+    Voila.launch_instance([str(copy), f"--Voila.ip={host}", f"--port={port}", "--Voila.port_retries=0",
+                           f"--Voila.open_browser={open_browser}", "--show_tracebacks=True", "--strip_sources=True",
+                           *([f"--Voila.token={token}"] * bool(token))])
+
+
+def _loopback(host: str) -> bool:
+    """Whether only this machine reaches an address or a name: all that it stands for, and "" stands for every address."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return bool(host) and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)

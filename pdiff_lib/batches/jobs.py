@@ -1,0 +1,297 @@
+"""One run of a notebook with checked parameters, in a folder named by everything it depends on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbformat
+from filelock import FileLock
+
+from pdiff_lib.base import inputs, parameters, recipe, runs, storage
+
+NOTEBOOKS = storage.PROJECT / "notebooks"
+
+
+class Died(RuntimeError):
+    """The kernel ended without a word (killed, out of memory): the notebook itself may be fine."""
+
+
+class Job(NamedTuple):
+    """A run that can be made, or has been.
+
+    Attributes:
+        notebook: its path.
+        values: all of its parameters.
+        folder: where its outputs land.
+        base: the folder that relative paths in it are meant from; its kernel works there.
+        inputs: what it reads, by content.
+    """
+
+    notebook: Path
+    values: dict[str, Any]
+    folder: Path
+    base: Path
+    inputs: inputs.Inputs
+
+    @property
+    def done(self) -> Path:
+        """The executed notebook: exists when the run is complete, and only then."""
+        return self.folder / self.notebook.name
+
+    @property
+    def unfinished(self) -> Path:
+        """The notebook while it runs; stays, with the traceback, when a cell fails."""
+        return self.folder / f"unfinished-{self.notebook.name}"
+
+
+def find(notebook: str) -> Path:
+    """The notebook of this name ("00_quickstart"), number ("00") or path.
+
+    Raises:
+        ValueError: none, or more than one, is meant.
+    """
+    if Path(notebook).is_file() and notebook.endswith(".ipynb"):
+        return Path(notebook)
+    there = sorted(NOTEBOOKS.glob("*.ipynb"))
+    hits = [p for p in there if p.stem == notebook] or [p for p in there if p.stem.startswith(notebook)]
+    if len(hits) != 1:
+        raise ValueError(f"notebook {notebook!r}: expected one of {', '.join(p.stem for p in there)}")
+    return hits[0]
+
+
+def defaults(notebook: Path) -> dict[str, Any]:
+    """Names and values in the cell tagged `parameters`.
+
+    Raises:
+        ValueError: no such cell, or something in it that is not `name = literal`; not a notebook.
+    """
+    for cell in _read(notebook).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            values, line = {}, 1
+            try:
+                for node in ast.parse(cell.source).body:
+                    line = node.lineno
+                    name = node.targets[0].id
+                    values[name] = parameters.plain(name, ast.literal_eval(node.value))
+            except (AttributeError, ValueError, SyntaxError) as e:
+                why = f" ({e})" if isinstance(e, ValueError) and str(e).startswith(f"{name} is") else ""
+                raise ValueError(f"{notebook.name}, parameters cell, line {getattr(e, 'lineno', None) or line}: expected "
+                                 f"'name = literal'{why}") from e
+            return values
+    raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
+
+
+def check(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a run: the notebook's own, with the given ones in their place.
+
+    Raises:
+        ValueError: a name that the parameters cell does not have, a value of another type or out of range.
+    """
+    values = defaults(notebook)
+    for name in given:
+        if name not in values:
+            raise ValueError(recipe.unknown(f"parameter of {notebook.stem}", name, values))
+    settings = recipe.names()
+    for name, value in given.items():
+        value = parameters.plain(name, value)
+        values[name] = value if name in settings else _fitting(name, values[name], value)
+    checked = recipe.Recipe.of(**{n: v for n, v in values.items() if n in settings}).flat()
+    return {n: checked.get(n, v) for n, v in values.items()}
+
+
+def _fitting(name: str, own: Any, value: Any) -> Any:
+    """A value for a parameter of the notebook's own, whose default shows the type: None takes any, [] any list."""
+    if own is None:
+        return value
+    kinds = {type(v) for v in own} if isinstance(own, list) else set()
+    kinds = {float} if kinds == {int, float} else kinds
+    if len(kinds) != 1 or kinds == {type(None)}:
+        return recipe.convert(name, value, type(own))
+    return list(recipe.convert(name, value, tuple[kinds.pop(), ...]))
+
+
+def plan(notebook: Path, given: Mapping[str, Any], base: Path | None = None, known: dict[Path, str] | None = None) -> Job:
+    """The run of a notebook with these parameters; raises what `check` raises, and starts nothing.
+
+    Its folder is named by its parameters, the notebook's code, the library's, and the content of what it reads; where that
+    lies is not in the name, so that the same files in another place, or on another machine, are the same run.
+
+    Args:
+        notebook: its path.
+        given: parameters, the others at the notebook's own values.
+        base: the folder that relative paths are meant from; None: the present working folder.
+        known: digests by path, for many runs planned at once; filled.
+    """
+    notebook, base, known = Path(os.path.abspath(notebook)), (base or Path.cwd()).absolute(), {} if known is None else known
+    values, sources = check(notebook, given), code(notebook)
+    made_of = inputs.of(values, base, known) | inputs.modules(sources, base, known)
+    name = runs.digest([values, sources, _library(), inputs.digests(made_of)])
+    return Job(notebook, values, runs.root() / notebook.stem / name, base, made_of)
+
+
+def code(notebook: Path) -> list[str]:
+    """The sources of a notebook's code cells."""
+    return [c.source for c in _read(notebook).cells if c.cell_type == "code"]
+
+
+def _read(notebook: Path) -> nbformat.NotebookNode:
+    return _parse(notebook.resolve(), notebook.stat().st_mtime_ns)
+
+
+@lru_cache(4)  # a grid of hundreds of runs plans one notebook hundreds of times
+def _parse(notebook: Path, _version: int) -> nbformat.NotebookNode:
+    try:
+        read = nbformat.read(notebook, as_version=4)
+        nbformat.validate(read)
+        return read
+    except Exception as e:  # each way of not being a notebook has an error of its own
+        raise ValueError(f"{notebook} is not a notebook ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
+
+
+@cache
+def _library() -> str:
+    """All that the package computes with and compares to."""
+    return runs.digest([p.read_text() for p in sorted(Path(__file__).parents[1].rglob("*")) if p.suffix in (".py", ".csv")])
+
+
+def execute(job: Job, force: bool = False, progress: bool | dict[str, Any] = True) -> Path:
+    """Run a notebook with papermill, unless it is complete; two processes that want the same run make it once.
+
+    Args:
+        job: what to run.
+        force: run although it is complete.
+        progress: show a bar over the cells; a dict holds tqdm's arguments.
+
+    Returns:
+        The executed notebook, `job.done`; figures, record, `parameters.yaml` and, if it read any, `inputs.yaml` (what, from
+        where, with which content) lie beside it.
+
+    Raises:
+        ValueError: a cell failed (names the notebook that holds the traceback); what it reads changed since it was planned.
+        Died: the kernel was killed.
+        OSError: the disk is full, say.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with runs.waiting(FileLock(job.folder.with_suffix(".lock")), f"run {job.folder.name}"):
+        if not force and complete(job):
+            return job.done
+        _unchanged(job, "after the run was planned")
+        _library.cache_clear()
+        if plan(job.notebook, job.values, job.base).folder.name != job.folder.name:  # a sweep may have planned it hours ago
+            raise ValueError(f"{job.notebook.name} or the library changed after the run was planned; started again, it is "
+                             "made with the code that is there then")
+        for old in (job.done, *job.folder.glob(".*")):  # of a run that another takes the place of, or left by a kill
+            old.unlink(missing_ok=True)
+        runs.write_text(job.folder / "parameters.yaml", parameters.dump(job.values))
+        if job.inputs:
+            runs.write_text(job.folder / "inputs.yaml", parameters.dump(job.inputs))
+        _papermill(job, progress)
+        _unchanged(job, "while the run was at work")
+        executed = nbformat.read(job.unfinished, as_version=4)
+        executed.metadata.pop("widgets", None)  # megabytes of state of progress bars that are over
+        runs.write_text(job.done, nbformat.writes(executed))
+        job.unfinished.unlink()
+        storage.push(*(p for p in sorted(job.folder.iterdir()) if p != job.done), job.done)  # what says "complete" last
+    return job.done
+
+
+def _unchanged(job: Job, when: str) -> None:
+    """Refuse to call a run by what it was not made of; raises `ValueError`."""
+    now = inputs.of(job.values, job.base) | inputs.modules(code(job.notebook), job.base)
+    for name, paths in job.inputs.items():
+        for path, content in paths.items():
+            if now.get(name, {}).get(path) != content:
+                raise ValueError(f"{name}: {path} changed {when}; started again, it is made from what is there then (what a "
+                                 "run writes belongs into its own folder, Run.folder, not at a path among its parameters)")
+
+
+def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
+    import papermill  # a second that no other command needs
+    from nbclient.exceptions import DeadKernelError
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its parser takes a "=" in a comment for an unknown parameter
+    kept = "stages that were complete are kept, and the next run goes on from there"
+    before = os.environ.get("PDIFF_RUN_DIR")
+    os.environ["PDIFF_RUN_DIR"] = str(job.folder.resolve())
+    try:
+        papermill.execute_notebook(literal(job.notebook), literal(job.unfinished.absolute()), parameters=job.values,
+                                   progress_bar=progress, log_output=False, cwd=job.base if job.base.is_dir() else None,
+                                   extra_arguments=["--log-level=ERROR"])  # of the kernel: a sweep shows one line per run
+    except papermill.PapermillExecutionError as e:
+        raise ValueError(f"{e.ename} in cell {e.exec_count} of {job.notebook.name}: {e.evalue}\nthe traceback is in "
+                         f"{job.unfinished}; {kept}") from None
+    except DeadKernelError:
+        raise Died(f"the kernel of {job.notebook.name} died (killed, or out of memory); {kept}") from None
+    finally:
+        del os.environ["PDIFF_RUN_DIR"]
+        if before is not None:
+            os.environ["PDIFF_RUN_DIR"] = before
+
+
+def literal(path: Path) -> str:
+    """A path for papermill, which takes {name} in it for a parameter to be filled in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def complete(job: Job) -> bool:
+    """Whether the run has been made: here, or on the shared storage, from which it is then fetched."""
+    return (job.done.is_file() or storage.fetch_folder(job.folder, job.done)) and fits(job, job.folder)
+
+
+def fits(job: Job, folder: Path) -> bool:
+    """Whether what is in a folder was made of this run's inputs, as far as it says; other code may have made it.
+
+    A command of `pdiff sweep --dry-run` writes no `inputs.yaml`: there the record tells what its kernel saw.
+    """
+    file, wanted = folder / "inputs.yaml", inputs.digests(job.inputs)
+    if file.is_file():
+        return inputs.digests(parameters.load(file)) == wanted
+    record = folder / "record.json"
+    said = json.loads(record.read_text()).get("inputs") if record.is_file() else None
+    seen = {name: content for name, content in (said or {}).items() if name.partition(".")[0] in job.values}
+    # The folder's own name tells too, but a command may have been executed long after it was printed.
+    told = folder == job.folder or wanted.keys() <= seen.keys()
+    return told and all(wanted.get(name) == content for name, content in seen.items())
+
+
+def changed(job: Job) -> str:
+    """Which inputs differ from those of the newest run with the same parameters, in words; "" if none does."""
+    found = []
+    for file in job.folder.parent.glob("*/parameters.yaml"):
+        old = file.with_name("inputs.yaml")
+        if (old.is_file() or job.inputs) and file.parent != job.folder and parameters.load(file) == job.values:
+            found.append((file.stat().st_mtime, file.parent.name, parameters.load(old) if old.is_file() else {}))
+    if not found:
+        return ""
+    _, run, before = max(found, key=lambda f: f[:2])
+    odd = []
+    for name in {**before, **job.inputs}:
+        then, now = before.get(name, {}), job.inputs.get(name, {})
+        new = [f"{path} changed" if path in then else f"{path} ({name}) is another than {', '.join(then) or 'none'}"
+               for path, content in now.items() if content not in then.values() or (path in then and then[path] != content)]
+        odd += new or [f"{name} was {', '.join(then)}"] * (list(then.values()) != list(now.values()))
+    return f"{'; '.join(odd)} since run {run}: making it again" if odd else ""
+
+
+def record(job: Job) -> None:
+    """Put the outputs of a run at the notebook's own parameters into the notebook, without papermill's traces."""
+    executed, original = nbformat.read(job.done, as_version=4), nbformat.read(job.notebook, as_version=4)
+    outputs = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    count = 0
+    for cell, ran in zip(original.cells, outputs, strict=True):
+        if cell.cell_type == "code":
+            count += 1
+            shown = [o for o in ran.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
+                     and o.get("name") != "stderr"]
+            for o in shown:
+                if o.output_type == "execute_result":
+                    o.execution_count = count
+            cell.outputs, cell.execution_count = shown, count
+    nbformat.write(original, job.notebook)

@@ -1,0 +1,1 @@
+"""Figures and pictures, from tables and tensors alone."""

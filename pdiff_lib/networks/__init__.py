@@ -1,0 +1,3 @@
+"""Networks, and which of their numbers are generated; what `classifiers` holds is handed on."""
+
+from pdiff_lib.networks.classifiers import check as check, copied as copied, create as create
