@@ -57,6 +57,7 @@ class Experiment(Originals):
         self.methods: dict[str, Any] = self._methods()
         self.seconds: dict[str, dict[str, float]] = {}
         self._fitted: dict[str, Any] = {}
+        self._conditions: dict[str, tuple[Tensor, Tensor]] = {}
         self._predictions: dict[str, Tensor] = {}
 
     def _methods(self) -> dict[str, Any]:
@@ -77,17 +78,33 @@ class Experiment(Originals):
         own = {k: v for c in sections for k, v in dataclasses.asdict(getattr(self.recipe, c.__name__.lower())).items()}
         return kind(self.subset.sizes, self.device, self.progress, **own | other)
 
-    def add(self, name: str, method: Any) -> None:
+    def add(self, name: str, method: Any, condition: Float[Array, "K C"] | None = None,
+            wanted: Float[Array, "C"] | None = None) -> None:
         """Put a method of your own beside the others: anything with `fit(theta)` and `sample(n, generator)`.
 
         `fit` gets a copy of the originals; `sample` gives n vectors, finite floats of any size, also as a NumPy array.
 
+        Args:
+            name: not taken yet.
+            method: what has these two; to be conditioned, with a parameter `condition` in both.
+            condition: a row of numbers per original (its loss, a class), for `fit`.
+            wanted: the row that `sample` is asked for.
+
         Raises:
-            ValueError: a name that is taken, or an object without these two.
+            ValueError: a name that is taken, an object without these two, a condition for a method that takes none, of another
+                number of rows than there are originals, or without the row that is wanted.
         """
         if name in self.methods or name == ORIGINAL:
             raise ValueError(f"there is a method {name!r} already: expected a new name")
-        methods.check(name, method)
+        methods.check(name, method, conditional=condition is not None)
+        if (condition is None) != (wanted is None):
+            raise ValueError(f"method {name!r}: expected condition and wanted together, or neither")
+        if condition is not None:
+            rows = vectors.vectors(condition)
+            if len(rows) != self.recipe.zoo.k_checkpoints:
+                raise ValueError(f"the condition of method {name!r} has {len(rows)} rows: expected one per original, "
+                                 f"{self.recipe.zoo.k_checkpoints}")
+            self._conditions[name] = rows.clone(), vectors.vector(wanted, rows.shape[1]).clone()
         self.methods[name] = method
 
     @property
@@ -114,6 +131,9 @@ class Experiment(Originals):
         if name not in self._fitted:
             method, theta = self.methods[name], self.learned_from
             kept = {"store": self.store} if "store" in inspect.signature(method.fit).parameters else {}
+            if name in self._conditions:  # of permuted copies, which come copy after copy, that of their original
+                rows = self._conditions[name][0]
+                kept["condition"] = rows.repeat(len(theta) // len(rows), 1)
             fitted, seconds = self.store.spent(lambda: methods.fit(method, theta, self._seed(f"fit {name}"), **kept))
             self._kept.get(ORIGINAL, by=f"the fit of method {name!r}")
             self._fitted[name], self.seconds[name] = fitted, {"fit": seconds}
@@ -140,18 +160,22 @@ class Experiment(Originals):
 
             def compute(_checkpoint=None):
                 return {"theta": methods.sample(name, method, n, self.subset.numel, self.generator(f"sample {name}"),
-                                                self._seed(f"sample {name}, global"))}
+                                                self._seed(f"sample {name}, global"), **self._wanted(name, n))}
 
             def sample():
                 if not hasattr(method, "fingerprint"):
                     return compute()
-                key = {"n": n, "name": name, "seed": self.recipe.autoencoder.pdiff_seed, **method.fingerprint}
+                key = {"n": n, "name": name, "seed": self.recipe.autoencoder.pdiff_seed, **method.fingerprint,
+                       **{verb: tensor_digest(row) for verb, row in self._wanted(name, 1).items()}}
                 return self.store.stage("generated", key, compute, code=(type(method), *SAMPLED))
 
             stage, self.seconds[name]["sample"] = self.store.spent(sample)
             self._kept.get(ORIGINAL, by=f"the sampling of method {name!r}")
             self._kept.keep(name, stage["theta"])
         return self._kept.get(name)
+
+    def _wanted(self, name: str, n: int) -> dict[str, Tensor]:
+        return {"condition": self._conditions[name][1].expand(n, -1).clone()} if name in self._conditions else {}
 
     @cached_property
     def predictor(self) -> Predictor:

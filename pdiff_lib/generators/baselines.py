@@ -14,6 +14,7 @@ from torch import Tensor
 from pdiff_lib.base import vectors
 from pdiff_lib.base.vectors import Array
 from pdiff_lib.generators.diffusion import randn
+from pdiff_lib.generators.methods import unconditional
 
 
 def gaussian(theta: Float[Array, "K D"], n: int, generator: torch.Generator | None = None,
@@ -32,16 +33,33 @@ class Baseline:
         single: every sample is the same vector, so that one is enough to be measured.
     """
 
-    single = False
+    single = conditional = False
 
-    def fit(self, theta: Float[Array, "K D"]) -> Baseline:
+    def fit(self, theta: Float[Array, "K D"], condition: Tensor | None = None) -> Baseline:
         """Learn from raw checkpoints.
 
         Raises:
-            ValueError: fewer than two vectors, or what `vectors.vectors` refuses.
+            ValueError: fewer than two vectors, what `vectors.vectors` refuses or the class itself says, or a condition.
         """
+        unconditional(self, condition)
         self.theta = vectors.vectors(theta, at_least=2).clone()  # what the caller does to it later is not seen
+        self._learn()
         return self
+
+    def sample(self, n: int, generator: torch.Generator | None = None, condition: Tensor | None = None) -> Float[Tensor, "n D"]:
+        """n raw vectors, as the class says.
+
+        Raises:
+            ValueError: a condition.
+        """
+        unconditional(self, condition)
+        return self._draw(n, generator)
+
+    def _learn(self) -> None:
+        """What there is to check, or to learn, beyond remembering."""
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
+        raise NotImplementedError
 
     def _integers(self, n: int, high: int, generator: torch.Generator | None) -> Int64[Tensor, "n"]:
         where = generator.device if generator else self.theta.device
@@ -62,14 +80,10 @@ class Noise(Baseline):
     def __init__(self, scale: float, sizes: Sequence[int] | None = None):
         self.scale, self.sizes = scale, sizes
 
-    def fit(self, theta: Float[Array, "K D"]) -> Noise:
-        """As `Baseline.fit`; also refuses `sizes` that do not add up to D."""
-        super().fit(theta)
-        vectors.Standardiser(self.theta, self.sizes)
-        return self
+    def _learn(self) -> None:
+        vectors.Standardiser(self.theta, self.sizes)  # refuses sizes that do not add up to D
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """n noise-added originals."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         theta = self.theta[self._integers(n, len(self.theta), generator)]
         sizes, std = list(self.sizes or (theta.shape[1],)), []
         for p, scale in zip(theta.split(sizes, dim=1), vectors.scales(self.theta, sizes)):
@@ -83,8 +97,7 @@ class WeightAverage(Baseline):
 
     single = True
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """The mean, n times."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         return self.theta.mean(dim=0).expand(n, -1).clone()
 
 
@@ -102,8 +115,7 @@ class TensorMeans(Baseline):
     def __init__(self, sizes: Sequence[int] | None = None):
         self.sizes = sizes
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """The levels, n times."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         return vectors.Standardiser(self.theta, self.sizes).mean.expand(n, -1).clone()
 
 
@@ -119,21 +131,17 @@ class Fixed(Baseline):
     def __init__(self, vector: Float[Array, "D"]):
         self.vector = vectors.vector(vector).clone()
 
-    def fit(self, theta: Float[Array, "K D"]) -> Fixed:
-        """As `Baseline.fit`; also refuses originals of another length."""
-        super().fit(vectors.vectors(theta, len(self.vector)))
-        return self
+    def _learn(self) -> None:
+        vectors.vectors(self.theta, len(self.vector))
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """The vector, n times."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         return self.vector.to(self.theta).expand(n, -1).clone()
 
 
 class Interpolation(Baseline):
     """A point on the line between two different random originals, uniform along it."""
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """n interpolated vectors."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         where = generator.device if generator else self.theta.device
         weight = torch.rand(n, 1, generator=generator, device=where).to(self.theta.device)
         first = self._integers(n, len(self.theta), generator)
@@ -151,8 +159,7 @@ class Gaussian(Baseline):
     def __init__(self, scale: float = 1.0):
         self.scale = scale
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """n draws."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         return gaussian(self.theta, n, generator, self.scale)
 
 
@@ -168,13 +175,10 @@ class SubsetAverage(Baseline):
             raise ValueError(f"size is {size}: expected at least 1 original to average")
         self.size = size
 
-    def fit(self, theta: Float[Array, "K D"]) -> SubsetAverage:
-        """As `Baseline.fit`; also refuses fewer originals than are averaged."""
-        super().fit(vectors.vectors(theta, at_least=self.size))
-        return self
+    def _learn(self) -> None:
+        vectors.vectors(self.theta, at_least=self.size)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """n means, each of a subset of its own."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         where = generator.device if generator else self.theta.device
         chosen = torch.rand(n, len(self.theta), generator=generator, device=where).topk(self.size).indices
         weights = torch.zeros(n, len(self.theta), device=where).scatter_(1, chosen, 1 / self.size)
@@ -196,8 +200,7 @@ class SWAG(Baseline):
             raise ValueError(f"rank is {rank}: expected at least 2")
         self.rank = rank
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """n draws."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         theta, device = self.theta, self.theta.device
         mean, std = theta.mean(dim=0), theta.std(dim=0, correction=0)
         steps = torch.arange(1, len(theta) + 1, device=device)
@@ -232,18 +235,14 @@ class LatentKDE(Baseline):
             raise ValueError(f"{int((~torch.isfinite(self.accuracy)).sum())} of {len(self.accuracy)} accuracies are NaN or "
                              "infinite: expected fractions")
 
-    def fit(self, theta: Float[Array, "K D"]) -> LatentKDE:
-        """As `Baseline.fit`; also refuses another number of vectors than of accuracies."""
-        super().fit(theta)
-        if len(self.accuracy) != len(theta):
-            raise ValueError(f"{len(self.accuracy)} accuracies for {len(theta)} vectors: expected one each")
-        best = self.accuracy.argsort(descending=True, stable=True)[:max(2, round(self.share * len(theta)))]
+    def _learn(self) -> None:
+        if len(self.accuracy) != len(self.theta):
+            raise ValueError(f"{len(self.accuracy)} accuracies for {len(self.theta)} vectors: expected one each")
+        best = self.accuracy.argsort(descending=True, stable=True)[:max(2, round(self.share * len(self.theta)))]
         self.z = vectors.vectors(self.autoencoder.encode(self.theta[best.to(self.theta.device)])).clone()
         self.bandwidth = self.z.std(dim=0) * len(self.z) ** -0.2
-        return self
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
-        """n decoded draws."""
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         where = generator.device if generator else self.z.device
         picks = torch.randint(len(self.z), (n, self.z.shape[1]), generator=generator, device=where).to(self.z.device)
         z = self.z.gather(0, picks) + self.bandwidth * randn(picks.shape, self.z.device, generator)

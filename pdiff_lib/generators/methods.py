@@ -44,11 +44,11 @@ class Kept:
         return tensor
 
 
-def check(name: str, method: Any) -> None:
+def check(name: str, method: Any, conditional: bool = False) -> None:
     """Refuse what is no method.
 
     Raises:
-        ValueError: no `fit(theta)` or no `sample(n, generator=...)`.
+        ValueError: no `fit(theta)` or no `sample(n, generator=...)`; neither takes a `condition` though it is to have one.
     """
     try:
         inspect.signature(method.fit).bind(None)
@@ -56,6 +56,20 @@ def check(name: str, method: Any) -> None:
     except (AttributeError, TypeError) as error:
         raise ValueError(f"method {name!r} is a {type(method).__name__} ({error}): expected an object with fit(theta) and "
                          "sample(n, generator)") from error
+    verbs = [inspect.signature(verb).parameters for verb in (method.fit, method.sample)]
+    if conditional and not (getattr(method, "conditional", True) and all("condition" in verb for verb in verbs)):
+        raise ValueError(f"method {name!r} is a {type(method).__name__}, which takes no condition, and is to have one: expected "
+                         "fit(theta, condition) and sample(n, generator, condition)")
+
+
+def unconditional(method: Any, condition: Tensor | None) -> None:
+    """For a method that takes no condition.
+
+    Raises:
+        ValueError: it is given one.
+    """
+    if condition is not None:
+        raise ValueError(f"{type(method).__name__} takes no condition, and was given one of shape {list(condition.shape)}: expected None")
 
 
 def fit(method: Any, theta: Float32[Tensor, "K D"], seed: int, **kept: Any) -> Any:
@@ -66,14 +80,14 @@ def fit(method: Any, theta: Float32[Tensor, "K D"], seed: int, **kept: Any) -> A
     return fitted if hasattr(fitted, "sample") else method
 
 
-def sample(name: str, method: Any, n: int, numel: int, generator: torch.Generator, seed: int) -> Float32[Tensor, "n D"]:
-    """n vectors of a fitted method on the CPU, which it holds no part of; `seed` as for `fit`.
+def sample(name: str, method: Any, n: int, numel: int, generator: torch.Generator, seed: int, **kept: Any) -> Float32[Tensor, "n D"]:
+    """n vectors of a fitted method on the CPU, which it holds no part of; `seed` as for `fit`, `kept`: further arguments.
 
     Raises:
         ValueError: what is not n vectors of D finite floats (`vectors.vectors`); the method is named.
     """
     with _undisturbed(seed):
-        given = method.sample(n, generator=generator)
+        given = method.sample(n, generator=generator, **kept)
     try:
         theta = vectors.vectors(given, numel)
         if len(theta) != n:

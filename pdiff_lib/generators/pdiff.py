@@ -14,6 +14,7 @@ from pdiff_lib.base import recipe, training, vectors
 from pdiff_lib.base.runs import Checkpoint, Store, tensor_digest
 from pdiff_lib.generators import autoencoder, denoiser, diffusion
 from pdiff_lib.generators.baselines import gaussian
+from pdiff_lib.generators.methods import unconditional
 
 CHUNK = 32  # vectors per pass through the autoencoder: bounds memory at D = 80,000 and the paper's widths
 
@@ -47,6 +48,8 @@ class PDiff:
     Source: Eq. 5 and 6, Table 5; deviations are settings (`centre`, `standardise_latents`, `beta_range`, `sampler`).
     """
 
+    conditional = False
+
     def __init__(self, sizes: Sequence[int] | None = None, device: str | torch.device | None = None,
                  progress: bool = True, **settings):
         self.sizes, self.progress, self.device = sizes, progress, training.device_of(device)
@@ -57,7 +60,7 @@ class PDiff:
         self.schedule.ladder(self.sampling.sampling_steps)  # refuse more sampling steps than T now, not after training
         denoiser.Denoiser(1, d.denoiser_channels)  # likewise an asymmetric list of channels
 
-    def fit(self, theta: Float[Tensor, "K D"], store: Store | None = None) -> PDiff:
+    def fit(self, theta: Float[Tensor, "K D"], store: Store | None = None, condition: Tensor | None = None) -> PDiff:
         """Train the autoencoder, then the denoiser on its latents.
 
         Args:
@@ -66,8 +69,9 @@ class PDiff:
 
         Raises:
             ValueError: fewer than two vectors, all the same, not [K D], NaN, `sizes` that do not add up to D, or an autoencoder
-                that gives all originals one latent (`standardise_latents`).
+                that gives all originals one latent (`standardise_latents`), or a condition.
         """
+        unconditional(self, condition)
         store = store or Store(None)
         self.fit_autoencoder(theta, store)
         device, settings, seed = self.z.device, self.diffusion_settings, self.ae_settings.pdiff_seed
@@ -159,13 +163,17 @@ class PDiff:
                 progress=self.progress, **kwargs)
         return x * self.z_std + self.z_mean
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+    def sample(self, n: int, generator: torch.Generator | None = None, condition: Tensor | None = None) -> Float[Tensor, "n D"]:
         """n new raw parameter vectors from noise, all together.
 
         Args:
             n: how many.
             generator: of the noise; on the CPU it gives the same noise whatever the device.
+
+        Raises:
+            ValueError: a condition.
         """
+        unconditional(self, condition)
         return self.decode(self.sample_latents(n, generator))
 
     def trajectory(self, n: int = 5, moments: int = 11, generator: torch.Generator | None = None) -> Trajectory:

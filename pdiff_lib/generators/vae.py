@@ -14,6 +14,7 @@ from pdiff_lib.base import recipe, training, vectors
 from pdiff_lib.base.runs import Checkpoint, Store, tensor_digest
 from pdiff_lib.generators import autoencoder
 from pdiff_lib.generators.diffusion import randn
+from pdiff_lib.generators.methods import unconditional
 from pdiff_lib.generators.pdiff import CHUNK
 
 ACTIVE = 0.01  # variance of its posterior means from which on a latent dimension counts as used
@@ -64,12 +65,14 @@ class VAE:
     Source: Table 8 (METHOD "Training steps").
     """
 
+    conditional = False
+
     def __init__(self, sizes: Sequence[int] | None = None, device: str | torch.device | None = None,
                  progress: bool = True, **settings):
         self.sizes, self.progress, self.device = sizes, progress, training.device_of(device)
         self.network, self.settings = recipe.split(settings, recipe.Autoencoder, recipe.Vae)
 
-    def fit(self, theta: Float[Tensor, "K D"], store: Store | None = None) -> VAE:
+    def fit(self, theta: Float[Tensor, "K D"], store: Store | None = None, condition: Tensor | None = None) -> VAE:
         """Train on raw checkpoints.
 
         Args:
@@ -77,8 +80,9 @@ class VAE:
             store: keeps the stage and lets a killed training resume; None keeps nothing.
 
         Raises:
-            ValueError: fewer than two vectors, all the same, not [K D], NaN, or `sizes` that do not add up to D.
+            ValueError: fewer than two vectors, all the same, not [K D], NaN, `sizes` that do not add up to D, or a condition.
         """
+        unconditional(self, condition)
         device, own, vae = self.device, self.network, self.settings
         theta = vectors.vectors(theta, at_least=2, device=device)
         self.standardise = vectors.Standardiser(theta, self.sizes, own.centre)
@@ -145,7 +149,7 @@ class VAE:
                 "kl": float(divergence(mean, log_var).mean())}
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n D"]:
+    def sample(self, n: int, generator: torch.Generator | None = None, condition: Tensor | None = None) -> Float[Tensor, "n D"]:
         """n new raw parameter vectors: N(0, I), decoded.
 
         Args:
@@ -153,8 +157,9 @@ class VAE:
             generator: of the latents; on the CPU it gives the same whatever the device.
 
         Raises:
-            ValueError: before `fit`.
+            ValueError: before `fit`, or a condition.
         """
+        unconditional(self, condition)
         if not hasattr(self, "net"):
             raise ValueError("this VAE has not seen any checkpoints: call fit(theta) first")
         z = randn((n, self.network.latent_dim), self.device, generator)

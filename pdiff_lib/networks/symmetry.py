@@ -150,7 +150,7 @@ def permute(theta: Float[Array, "M D"], groups: Groups, permutations: Sequence[I
         New vectors of the same functions.
 
     Raises:
-        ValueError: not one permutation per group and network, or what `subset.vectors` refuses.
+        ValueError: not one permutation per group and network, or what `vectors.vectors` refuses.
 
     >>> permute(torch.tensor([[1., 2., 3., 4.]]), (torch.tensor([[0, 2], [1, 3]]),), [torch.tensor([[1, 0]])])
     tensor([[2., 1., 4., 3.]])
@@ -173,7 +173,7 @@ def augment(theta: Float[Array, "K D"], groups: Groups, copies: int,
     """The networks, followed by randomly permuted copies of them: K (1 + copies) vectors, copy after copy.
 
     Raises:
-        ValueError: a negative number of copies, or what `subset.vectors` refuses.
+        ValueError: a negative number of copies, or what `vectors.vectors` refuses.
     """
     if copies < 0:
         raise ValueError(f"copies is {copies}: expected at least 0")
@@ -198,7 +198,7 @@ def align(theta: Float[Array, "K D"], reference: Float[Array, "D"], groups: Grou
         New vectors of the same functions.
 
     Raises:
-        ValueError: a reference of another length, or what `subset.vectors` refuses.
+        ValueError: a reference of another length, or what `vectors.vectors` refuses.
 
     Source: weight matching, Git Re-Basin (Ainsworth et al. 2023), Algorithm 1; groups in the order of the layers, where the
         algorithm has a random order. All networks together.
@@ -219,3 +219,32 @@ def align(theta: Float[Array, "K D"], reference: Float[Array, "D"], groups: Grou
         if not changed:
             break
     return theta.to(device)
+
+
+class Canonical:
+    """A step before a generator (`coded.Coded`): hidden units in the order of the first network's, as `align` brings them.
+
+    Nothing is undone by `decode`: a network in another order of its units is the same function.
+
+    Args:
+        net: the network, with its `input_shape`; all of its parameters are in the vectors.
+
+    Raises:
+        ValueError: a network whose layers are not understood.
+    """
+
+    def __init__(self, net: nn.Module):
+        self.groups = groups(net, subset.select(net, "all"))
+
+    def fit(self, theta: Float[Array, "K D"]) -> Canonical:
+        """Take the first network for the reference."""
+        self.reference = vectors.vectors(theta)[0].clone()
+        return self
+
+    def encode(self, theta: Float[Array, "M D"]) -> Float[Tensor, "M D"]:
+        """The same functions in the reference's order."""
+        return align(theta, self.reference, self.groups)
+
+    def decode(self, code: Float[Array, "M D"]) -> Float[Tensor, "M D"]:
+        """As they are."""
+        return vectors.vectors(code)
