@@ -213,7 +213,8 @@ def index() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in CELLS}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
-    "beside": beside, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))), "front": front, "index": index}
+    "beside": beside, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
+    "front": front, "index": index}
 
 
 def filled(text: str) -> str:
