@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lab bench
+.PHONY: quickstart test lab bench gallery
 
 quickstart: .venv/installed  ## generate networks that classify handwritten digits, and look at them
 	$(BIN)/pdiff run 00_quickstart
@@ -17,6 +17,9 @@ lab: .venv/installed  ## explore in the browser
 
 bench: .venv/installed  ## ratios against the plain way
 	for b in tests/benchmarks/bench_*.py; do $(BIN)/python $$b || exit 1; done
+
+gallery: .venv/installed  ## tables of the READMEs, from what figures/ holds
+	$(BIN)/python figures/gallery.py
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -42,3 +42,7 @@ def test_the_table_of_situations_names_tests_that_are_there():
         (path,) = (HERE / "tests").rglob(f"{file}.py")
         source = path.read_text()
         assert [w for w in (words or "").split(", ") if not re.search(rf"def test_\w*{w}", source)] == [], cell
+
+
+def test_the_front_page_is_short():
+    assert len((HERE / "README.md").read_text().splitlines()) <= 150

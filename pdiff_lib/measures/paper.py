@@ -140,7 +140,7 @@ def scorecard(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def markdown(card: pd.DataFrame) -> str:
-    """A scorecard as the README's table: a line per row of the paper's tables and method that was run at some scale, and
+    """A scorecard as the gallery's table: a line per row of the paper's tables and method that was run at some scale, and
     what of each table was not run."""
     theirs = card.dropna(subset="paper").drop_duplicates(["table", "setting", "method", "metric"])
     lines = ["| table | row | method | metric | paper | authors' log | ours | seeds | scale |", "|---|---|---|---|---|---|---|---|---|"]
