@@ -48,18 +48,17 @@ def check(name: str, method: Any, conditional: bool = False) -> None:
     """Refuse what is no method.
 
     Raises:
-        ValueError: no `fit(theta)` or no `sample(n, generator=...)`; neither takes a `condition` though it is to have one.
+        ValueError: no `fit(theta)` or no `sample(n, generator=...)`; or without a `condition`, of one that is to have one.
     """
+    if conditional and not getattr(method, "conditional", True):
+        raise ValueError(f"method {name!r} is a {type(method).__name__}, which takes no condition, and is to have one: expected none")
+    more = {"condition": None} if conditional else {}
     try:
-        inspect.signature(method.fit).bind(None)
-        inspect.signature(method.sample).bind(1, generator=None)
+        inspect.signature(method.fit).bind(None, **more)
+        inspect.signature(method.sample).bind(1, generator=None, **more)
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"method {name!r} is a {type(method).__name__} ({error}): expected an object with fit(theta) and "
-                         "sample(n, generator)") from error
-    verbs = [inspect.signature(verb).parameters for verb in (method.fit, method.sample)]
-    if conditional and not (getattr(method, "conditional", True) and all("condition" in verb for verb in verbs)):
-        raise ValueError(f"method {name!r} is a {type(method).__name__}, which takes no condition, and is to have one: expected "
-                         "fit(theta, condition) and sample(n, generator, condition)")
+        wanted = "fit(theta, condition) and sample(n, generator, condition)" if conditional else "fit(theta) and sample(n, generator)"
+        raise ValueError(f"method {name!r} is a {type(method).__name__} ({error}): expected an object with {wanted}") from error
 
 
 def unconditional(method: Any, condition: Tensor | None) -> None:

@@ -56,7 +56,7 @@ class Regression(Task):
         sizes = {"in_features": self.x_train.shape[1], "out_features": 1}
         with training.seeded(base.seed):
             if ":" in base.network:
-                return load(base.network, "network")(**sizes)
+                return _own(base.network, **sizes)
             kind, *hidden = base.network.split("-")
             if kind != "mlp" or not hidden or not all(h.isdigit() and int(h) for h in hidden):
                 raise ValueError(f"network {base.network!r}: expected 'mlp-32-32', say, or package.module:function with task 'regression'")
@@ -72,11 +72,19 @@ class Regression(Task):
         y = self.y_test.double()
         error = (outputs[..., 0].double() - y).abs()
         typical = (error if originals is None else (originals[..., 0].double() - y).abs()).median()
-        items = torch.arange(len(y)) if items is None else items
+        items = slice(None) if items is None else items
         error, y = error[:, items], y[items]
         score = 1 - error.square().sum(dim=1) / (y - y.mean()).square().sum()
-        finite = torch.isfinite(error).all(dim=1)
-        return Judged(score.where(finite, torch.nan), ~(error <= typical))
+        return Judged(score.where(torch.isfinite(score), torch.nan), ~(error <= typical))
+
+
+def _own(name: str, in_features: int, out_features: int) -> nn.Module:
+    build = load(name, "network")
+    try:
+        return build(in_features=in_features, out_features=out_features)
+    except Exception as error:  # the user's code
+        raise ValueError(f"network {name!r} cannot be built with in_features = {in_features}, out_features = {out_features} "
+                         f"({type(error).__name__}: {error})") from error
 
 
 def _tables(dataset: str) -> list[np.ndarray]:
