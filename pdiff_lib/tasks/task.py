@@ -127,6 +127,15 @@ class Task(ABC):
             raise ValueError(f"{type(net).__name__} does not take items of shape {list(self.example.shape[1:])} of {self.name}, or gives "
                              f"what they are not compared with: {type(error).__name__}: {error}") from error
 
+    def prepared(self, items: Shaped[Tensor, "n ..."]) -> Tensor:
+        """Items, not augmented, as the network takes them; on their device."""
+        return items
+
+    def scaled(self, mean: Sequence[float], std: Sequence[float]) -> Task:
+        """The same task for networks that were trained on another input scale."""
+        raise ValueError(f"input_mean {list(mean)} and input_std {list(std)}: expected [] with {self.name}, whose items have no scale to "
+                         "be set")
+
     def batches(self, seeds: Sequence[int], batch: int, base: recipe.Base, device: torch.device, stream: str) -> tuple[BatchOf, int]:
         """Training batches of several networks, each in an order of its own.
 
