@@ -76,6 +76,11 @@ class Images:
         return replace(self, mean=own[0], std=own[1])
 
     @property
+    def input_scale(self) -> tuple[list[float], list[float]]:
+        """Mean and std per channel that `prepare` works with, for pixels from 0 to 1."""
+        return tuple((values.flatten() / 255).tolist() for values in self._statistics)
+
+    @property
     def scale(self) -> str:
         """The scale of the network inputs, in words."""
         if not self.mean:
