@@ -33,12 +33,14 @@ class Picked(NamedTuple):
     others: dict[str, float | int]
 
 
-def recipe_of(source: Path) -> Recipe:
-    """The recipe in a YAML file, or that of a run's folder.
+def recipe_of(source: Path | Recipe) -> Recipe:
+    """The recipe in a YAML file, or that of a run's folder; a recipe is itself.
 
     Raises:
         ValueError: neither; a name that is no setting (in a YAML file); inputs that are not what the run was made of.
     """
+    if isinstance(source, Recipe):
+        return source
     if not source.is_dir():
         return Recipe.of(**parameters.load(source))
     if not (source / "record.json").is_file():
@@ -76,12 +78,12 @@ def pick(e: Experiment, n: int) -> Picked:
                           "originals_best": float(originals.max())})
 
 
-def generate(source: Path, n: int, out: Path, candidates: int = 0, *, store: runs.Store | None = None, device: str | None = None,
+def generate(source: Path | Recipe, n: int, out: Path, candidates: int = 0, *, store: runs.Store | None = None, device: str | None = None,
              progress: bool = True) -> Path:
     """Write n generated networks, `networks.json` and a model card; what a killed call left is gone on from.
 
     Args:
-        source: a recipe (YAML) or a run's folder.
+        source: a recipe (also as YAML) or a run's folder.
         n: how many files.
         out: a folder that is empty, not there, or was made of the same.
         candidates: how many to generate and pick from; 0: the recipe's `samples`, or n where that is more.
