@@ -1,6 +1,6 @@
 """Networks to take away: complete state dicts of generated networks, the best of many, with what is known of each.
 
-The best are picked on one half of the test images (`evaluate.halves`); everything that is said of them is measured on the other.
+The best are picked on one half of the test items (`task.halves`); everything that is said of them is measured on the other.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from pdiff_lib import evaluate, inputs, networks, parameters, records, runs, similarity
+from pdiff_lib import networks
+from pdiff_lib.base import inputs, parameters, records, runs
+from pdiff_lib.base.recipe import Recipe, names, short
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
-from pdiff_lib.recipe import Recipe, names, short
+from pdiff_lib.measures import similarity
+from pdiff_lib.tasks.task import halves
 
 REPORT = "networks.json"  # what is known of each file, and what the folder was made of
 
@@ -23,9 +26,9 @@ class Picked(NamedTuple):
     """The best of many generated networks.
 
     Attributes:
-        table: a row per network, best first: `file`, `candidate` (its index among all), `accuracy_to_pick` (on the half that it was
-            picked on), and on the other half `accuracy`, `max_similarity` (Eq. 7) and `nearest` (index of that original);
-            `nearest_file`, where the originals are files.
+        table: a row per network, best first: `file`, `candidate` (its index among all), its score on the half that it was picked on
+            (of classifiers `accuracy_to_pick`), and on the other half its score (`accuracy`), `max_similarity` (Eq. 7) and `nearest`
+            (index of that original); `nearest_file`, where the originals are files.
         others: numbers to compare with, on the other half: of all candidates and of the originals.
     """
 
@@ -55,27 +58,29 @@ def recipe_of(source: Path | Recipe) -> Recipe:
 
 
 def pick(e: Experiment, n: int) -> Picked:
-    """The n networks of p-diff that are best on the first half of the test images.
+    """The n networks of p-diff that are best on the first half of the test items.
 
     Raises:
         ValueError: more networks than there are candidates.
     """
-    wrong, original = e.wrong(PDIFF), e.wrong(ORIGINAL)
-    if not 1 <= n <= len(wrong):
-        raise ValueError(f"n is {n}: expected 1 to {len(wrong)}, the number of candidates")
-    here, there = evaluate.halves(wrong.shape[1])
-    to_pick, accuracy = evaluate.accuracy(wrong[:, here]), evaluate.accuracy(wrong[:, there])
-    value, nearest = similarity.nearest(wrong[:, there], original[:, there])
-    best = to_pick.argsort(descending=True, stable=True)[:n]
+    outputs, originals, score = e.predictions(PDIFF), e.predictions(ORIGINAL), e.task.score
+    if not 1 <= n <= len(outputs):
+        raise ValueError(f"n is {n}: expected 1 to {len(outputs)}, the number of candidates")
+    here, there = halves(outputs.shape[1])
+    to_pick = e.task.judged(outputs, originals, here).score
+    found, own = (e.task.judged(o, originals, there) for o in (outputs, originals))
+    sign = 1 if score.better == "higher" else -1
+    best = (sign * to_pick).nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)[:n]
     table = pd.DataFrame({"file": [f"generated-{i:03d}.safetensors" for i in range(n)], "candidate": best.numpy(),
-                          "accuracy_to_pick": to_pick[best].numpy(), "accuracy": accuracy[best].numpy(),
-                          "max_similarity": value[best].numpy(), "nearest": nearest[best].numpy()})
-    if e.files:
-        table["nearest_file"] = [str(e.files[i]) for i in table.nearest]
-    originals = evaluate.accuracy(original[:, there])
-    return Picked(table, {"images_to_pick": len(here), "images": len(there), "candidates": len(wrong), "originals": len(original),
-                          "candidates_mean": float(accuracy.mean()), "originals_mean": float(originals.mean()),
-                          "originals_best": float(originals.max())})
+                          f"{score.column}_to_pick": to_pick[best].numpy(), score.column: found.score[best].numpy()})
+    if found.wrong is not None:
+        value, nearest = similarity.nearest(found.wrong, own.wrong)
+        table = table.assign(max_similarity=value[best].numpy(), nearest=nearest[best].numpy())
+        if e.files:
+            table["nearest_file"] = [str(e.files[i]) for i in table.nearest]
+    return Picked(table, {"items_to_pick": len(here), "items": len(there), "candidates": len(outputs), "originals": len(originals),
+                          "candidates_mean": float(found.score.mean()), "originals_mean": float(own.score.mean()),
+                          "originals_best": float(sign * (sign * own.score).max())})
 
 
 def generate(source: Path | Recipe, n: int, out: Path, candidates: int = 0, *, store: runs.Store | None = None, device: str | None = None,
@@ -150,79 +155,49 @@ def _write(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 def card(e: Experiment, found: Picked) -> str:
     """A model card in the format of the Hugging Face Hub: metadata as YAML, then text."""
-    base, images, t, o = e.recipe.base, e.images, found.table, found.others
-    timm = hasattr(e.net, "pretrained_cfg")
-    name = f"{base.network} generated by p-diff"
-    dataset = short(e.recipe.data.dataset)
-    result = {"task": {"type": "image-classification"}, "dataset": {"name": dataset, "type": dataset, "split": "test, second half"},
-              "metrics": [{"type": "accuracy", "value": round(float(t.accuracy.mean()), 4), "name": f"mean of {len(t)}"}]}
-    about = {"library_name": "timm" if timm else "pytorch", "pipeline_tag": "image-classification",
-             "tags": ["image-classification", "p-diff", "weight-generation", *["timm"] * timm], "metrics": ["accuracy"],
+    network, score, t, o = e.recipe.base.network, e.task.score, found.table, found.others
+    timm, images = hasattr(e.net, "pretrained_cfg"), getattr(e.task, "images", None)
+    name, dataset, kind = f"{network} generated by p-diff", short(e.recipe.data.dataset), "image-classification" if images else "other"
+    result = {"task": {"type": kind}, "dataset": {"name": dataset, "type": dataset, "split": "test, second half"},
+              "metrics": [{"type": score.name, "value": round(float(t[score.column].mean()), 4), "name": f"mean of {len(t)}"}]}
+    about = {"library_name": "timm" if timm else "pytorch", **({"pipeline_tag": kind} if images else {}),
+             "tags": ["p-diff", "weight-generation", *["timm"] * timm], "metrics": [score.name],
              "model-index": [{"name": name, "results": [result]}]}
-    mean, std = images.input_scale
-    originals = (f"{e.k} checkpoints of the user's own, the last {e.files[-1].name}" if e.files else
-                 f"{e.k} checkpoints, collected by this project's recipe")
-    lines = "\n".join(f"| {r.file} | {r.accuracy_to_pick:.4f} | {r.accuracy:.4f} | {r.max_similarity:.3f} | {r.nearest} |"
-                      for r in t.itertuples())
-    running = e.statistics or "of the trained network, where it has any"
-    return f"""---
-{parameters.dump(about)}---
-
-# {name}
-
-{len(t)} sets of weights that were generated by a diffusion model over parameters (Neural Network Diffusion,
-[arXiv 2402.13144](https://arxiv.org/abs/2402.13144)), not trained. Each file is a complete state dict.
-
-## Model details
-
-- Network: `{base.network}`, {images.num_classes} classes, {images.channels} input channels
-- Generated: `{e.recipe.zoo.subset}`, {e.subset.numel:,} of the network's numbers; the rest is the trained network's
-- Learned from: {originals}
-- Running statistics of batch norms: {running}
-
-## How to use
-
-```python
-{_usage(e, t.file[0], timm)}
-```
-
-Inputs: {images.channels} x {images.size} x {images.size}; pixels from 0 to 1, less mean {_numbers(mean)}, divided by std {_numbers(std)}.
-
-## Evaluation
-
-Data set: {dataset}. The {len(t)} best of {o["candidates"]} generated networks, picked by their accuracy on {o["images_to_pick"]} test images; all other numbers
-are measured on the other {o["images"]} test images, which picked nothing.
-
-| | accuracy (fraction) |
-|---|---|
-| these {len(t)}, mean | {t.accuracy.mean():.4f} |
-| all {o["candidates"]} generated, mean | {o["candidates_mean"]:.4f} |
-| the {o["originals"]} originals, mean | {o["originals_mean"]:.4f} |
-| the best original | {o["originals_best"]:.4f} |
-
-Similarity: intersection over union of wrong predictions with the most similar original (Eq. 7); 1 makes the same mistakes.
-
-| file | accuracy, to pick | accuracy | similarity | nearest original |
-|---|---|---|---|---|
-{lines}
-
-## Limitations
-
-Networks of this kind are often no better, and no more novel, than averages or noisy copies of their originals
-([arXiv 2506.07998](https://arxiv.org/abs/2506.07998)): compare with the originals above, and with the baselines in the project's notebooks.
-"""
+    originals = f"{e.k} checkpoints of the user's own, the last {e.files[-1].name}" if e.files else f"{e.k} checkpoints of this recipe"
+    rows = [f"| these {len(t)}, mean | {t[score.column].mean():.4f} |", f"| all {o['candidates']} generated, mean | {o['candidates_mean']:.4f} |",
+            f"| the {o['originals']} originals, mean | {o['originals_mean']:.4f} |", f"| the best original | {o['originals_best']:.4f} |"]
+    shown = t.drop(columns="nearest_file", errors="ignore").round(4)
+    each = [f"| {' | '.join(map(str, row))} |" for row in (shown.columns, ["---"] * shown.shape[1], *shown.itertuples(index=False))]
+    return "\n".join([
+        "---", parameters.dump(about) + "---", "", f"# {name}", "",
+        f"{len(t)} sets of weights that were generated by a diffusion model over parameters (Neural Network Diffusion,",
+        "[arXiv 2402.13144](https://arxiv.org/abs/2402.13144)), not trained. Each file is a complete state dict.", "",
+        "## Model details", "", f"- Network: `{network}`; {e.task.title}",
+        f"- Generated: `{e.recipe.zoo.subset}`, {e.subset.numel:,} of the network's numbers; the rest is the trained network's",
+        f"- Learned from: {originals}",
+        f"- Running statistics of batch norms: {e.statistics or 'of the trained network, where it has any'}", "",
+        "## How to use", "", *_usage(e, t.file[0], timm), "",
+        "## Evaluation", "",
+        f"The best {len(t)} of {o['candidates']} generated networks, picked by their {score.name} on {o['items_to_pick']} test items of {dataset}; all "
+        f"other numbers are measured on the other {o['items']} test items, which picked nothing.", "",
+        f"| | {score.name} |", "|---|---|", *rows, "",
+        "`max_similarity`: intersection over union of wrong predictions with the most similar original (Eq. 7); 1 makes the same mistakes.",
+        "", *each, "",
+        "## Limitations", "",
+        "Networks of this kind are often no better, and no more novel, than averages or noisy copies of their originals",
+        "([arXiv 2506.07998](https://arxiv.org/abs/2506.07998)): compare with the originals above, and with the baselines of the project.", ""])
 
 
-def _numbers(values: list[float]) -> str:
-    return "(" + ", ".join(f"{v:.6g}" for v in values) + ")"
-
-
-def _usage(e: Experiment, file: str, timm: bool) -> str:
-    base, c, k, size = e.recipe.base, e.images.channels, e.images.num_classes, e.images.size
+def _usage(e: Experiment, file: str, timm: bool) -> list[str]:
+    network, images = e.recipe.base.network, getattr(e.task, "images", None)
+    if images is None:
+        return [f"Load `{file}` into the network that the recipe names (`load_state_dict`)."]
+    shape = f"num_classes={images.num_classes}, in_chans={images.channels}"
     if timm:
-        sized = f", img_size={size}" if e.net.pretrained_cfg.get("fixed_input_size") else ""
-        made = f"import timm\n\nnet = timm.create_model({base.network!r}, num_classes={k}, in_chans={c}{sized})"
+        sized = f", img_size={images.size}" if e.net.pretrained_cfg.get("fixed_input_size") else ""
+        made = ["import timm", "", f"net = timm.create_model({network!r}, {shape}{sized})"]
     else:
-        made = ("from pdiff_lib import networks\n\n"
-                f"net = networks.create({base.network!r}, num_classes={k}, in_chans={c}, image_size={size})")
-    return f"from safetensors.torch import load_file\n{made}\nnet.load_state_dict(load_file({file!r}))\nnet.eval()"
+        made = ["from pdiff_lib import networks", "", f"net = networks.create({network!r}, {shape}, image_size={images.size})"]
+    mean, std = ("(" + ", ".join(f"{v:.6g}" for v in values) + ")" for values in images.input_scale)
+    return ["```python", "from safetensors.torch import load_file", *made, f"net.load_state_dict(load_file({file!r}))", "net.eval()", "```",
+            "", f"Inputs: {images.channels} x {images.size} x {images.size}; pixels from 0 to 1, less mean {mean}, divided by std {std}."]

@@ -163,7 +163,7 @@ class Originals:
 
     def _digest(self, net: nn.Module) -> str:
         """By content: its numbers, and its code where that is the user's own."""
-        return "-".join([tensor_digest(net.state_dict()), *own.code_key(self.recipe.base.network).values()])
+        return "-".join([tensor_digest(net.state_dict()), *networks.code_key(self.recipe.base.network).values()])
 
     @cached_property
     def _checkpoints(self) -> checkpoints.Checkpoints:

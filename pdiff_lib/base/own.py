@@ -56,19 +56,12 @@ def load(name: str) -> Any:
     return getattr(found, attribute)
 
 
-def digest(name: str) -> str:
-    """Hex digest of the code of a module of one's own, and of those beside it that it takes things from."""
-    from pdiff_lib.base.runs import code_digest  # torch: seconds that `places` does not need
-
+def modules(name: str) -> list[ModuleType]:
+    """The module of a name, and those beside it that it takes things from: its code, for the keys of stages."""
     load(name)
     seen: dict[str, ModuleType] = {}
     _follow(sys.modules[name.partition(":")[0]], seen)
-    return code_digest(*(seen[n] for n in sorted(seen)))
-
-
-def code_key(name: str) -> dict[str, str]:
-    """What the key of a stage needs beside a network's weights: the code, where it is the user's own."""
-    return {"code": digest(name)} if is_name(name) else {}
+    return [seen[n] for n in sorted(seen)]
 
 
 def _follow(module: ModuleType, seen: dict[str, ModuleType]) -> None:

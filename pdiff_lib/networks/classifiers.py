@@ -12,6 +12,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from pdiff_lib.base import own
+from pdiff_lib.base.runs import code_digest
 from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.weights import load
 
@@ -183,6 +184,11 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
     if weights is not None:
         load(net, Path(weights), name, num_classes)
     return net
+
+
+def code_key(name: str) -> dict[str, str]:
+    """What the key of a stage needs beside a network's weights: the code, where it is the user's own."""
+    return {"code": code_digest(*own.modules(name))} if own.is_name(name) else {}
 
 
 def _create_small(name: str, num_classes: int, in_chans: int, image_size: int | None, pretrained: bool) -> nn.Module:

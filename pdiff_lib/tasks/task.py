@@ -261,6 +261,11 @@ def predict(net: nn.Module, sub: Subset, theta: Float[vectors.Array, "M D"], x: 
     return torch.cat(outputs)
 
 
+def halves(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices of two random halves of n items, the first to pick networks on and the second to report them on."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split([n // 2])
+
+
 def summary(score_on: Callable[[Tensor], Float[Tensor, "M"]], n: int, better: str = "higher", seed: int = 0) -> dict[str, float | int]:
     """The scores of many networks in a few numbers.
 
@@ -283,7 +288,7 @@ def summary(score_on: Callable[[Tensor], Float[Tensor, "M"]], n: int, better: st
 
     Source: Table 1 reports `best`; the two halves are ours.
     """
-    first, second = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split([n // 2])
+    first, second = halves(n, seed)
     everywhere, here, there = (score_on(items) for items in (torch.arange(n), first, second))
     if len(everywhere) < 1 or n < 2:
         raise ValueError(f"{len(everywhere)} networks judged on {n} items: expected at least 1 network and 2 items")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from device import DEVICE
-from pdiff_lib import checkpoints, data, evaluate, inputs, networks, own, recalibrate, runs, subset, zoo
+from pdiff_lib import checkpoints, data, evaluate, inputs, networks, recalibrate, runs, subset, zoo
 from pdiff_lib.experiment import AVERAGE, ORIGINAL, Experiment
 from pdiff_lib.recipe import Recipe
 from pdiff_lib.tasks import classification
@@ -312,8 +312,8 @@ def test_published_weights_bring_their_own_scale(monkeypatch):
 
 def test_ones_own_code_is_part_of_the_identity(home):
     values = {"network": "own_net:small", "checkpoints": "ck"}
-    first, digest = inputs.digests(inputs.of(values, home)), own.code_key("own_net:small")
-    assert first.keys() == {"network", "checkpoints"} and len(first["checkpoints"]) == 7 and own.code_key("resnet18") == {}
+    first, digest = inputs.digests(inputs.of(values, home)), networks.code_key("own_net:small")
+    assert first.keys() == {"network", "checkpoints"} and len(first["checkpoints"]) == 7 and networks.code_key("resnet18") == {}
     (home / "own_net.py").write_text("from helper_of_own_net import relu\n" + CODE.replace("nn.ReLU()", "relu()"))
     (home / "helper_of_own_net.py").write_text("from torch import nn\ndef relu():\n    return nn.ReLU()\n")
     second = inputs.digests(inputs.of(values, home))
@@ -324,5 +324,5 @@ def test_ones_own_code_is_part_of_the_identity(home):
     for name in ("own_net", "helper_of_own_net"):
         sys.modules.pop(name, None)
     assert isinstance(networks.create("own_net:small", 10, 1, 8)[2], nn.Tanh)
-    assert own.code_key("own_net:small") != digest
+    assert networks.code_key("own_net:small") != digest
     assert experiment(checkpoints="", base_epochs=0).net_digest != before  # of the same numbers
