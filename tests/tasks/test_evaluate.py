@@ -284,7 +284,7 @@ def test_errors_before_any_work(monkeypatch, unchecked):
         ((theta, x[:0]), {}, "at least 1 image"),
         ((theta, x[:, :1]), {}, r"Sequential does not take images of shape \[1, 8, 8\].*expected.*3 channels"),
         ((theta, x.byte()), {}, r"does not take images of shape \[3, 8, 8\] \(torch.uint8\)"),
-        ((theta, x), {"device": "cuda"}, r"'cuda' was asked for: torch.cuda.is_available\(\) is False"),
+        ((theta, x), {"device": "cuda"}, r"cuda requested but torch.cuda.is_available\(\) is False"),
         ((theta, x), {"batch_size": 0}, "batch_size is 0: expected at least 1"),
         ((theta, x), {"vectors_at_once": -1}, "vectors_at_once is -1"),
     ]:
