@@ -64,7 +64,7 @@ def table(experiment: Experiment, names: Sequence[str] | None = None) -> pd.Data
         spent = experiment.seconds.get(name, {})
         rows[name] = {"pairwise": similarity.pairwise(experiment.wrong(name)), **bags,
                       **{f"{verb}_seconds": spent.get(verb, float("nan")) for verb in ("fit", "sample")}}
-    return summary.join(pd.DataFrame.from_dict(rows, orient="index"))
+    return summary.join(pd.DataFrame.from_dict(rows, orient="index")).rename_axis(columns=summary.columns.name)
 
 
 def _together(experiment: Experiment, name: str, size: int, generator: torch.Generator) -> float:

@@ -180,18 +180,25 @@ class Experiment(Originals):
     @cached_property
     def predictor(self) -> Predictor:
         """The trained network over the test items, made ready once for all methods."""
-        key = self.net_digest, self.subset.names, self.task.digest
+        key = self.net_digest, self.evaluated.names, self.task.digest
         if key not in self._shared:
-            self._shared[key] = self.task.predictor(self._net_as_it_was(), self.subset, self.device, self.progress)
+            self._shared[key] = self.task.predictor(self._net_as_it_was(), self.evaluated, self.device, self.progress)
         return self._shared[key]
 
     def predictions_of(self, theta: Float[Array, "M D"]) -> Shaped[Tensor, "M N ..."]:
         """What any parameter vectors give for each test item (stage "predictions"): of a classifier the class, -1 where its
         scores are not finite."""
-        theta = vectors.vectors(theta, self.subset.numel)
-        key = {"net": self.net_digest, "names": self.subset.names, "theta": tensor_digest(theta),
+        theta = self.complete(theta)
+        key = {"net": self.net_digest, "names": self.evaluated.names, "theta": tensor_digest(theta),
                "images": self.task.digest, "device": self.device.type}
-        stage = self.store.stage("predictions", key, lambda _: {"predictions": self.predictor(theta)}, code=self.task.judging)
+
+        def compute(_checkpoint):
+            sound = torch.isfinite(theta).all(dim=1)  # running statistics that are computed anew may not be
+            found = self.predictor(theta.where(sound[:, None], 0.0))
+            found[~sound] = torch.nan if found.is_floating_point() else -1
+            return {"predictions": found}
+
+        stage = self.store.stage("predictions", key, compute, code=self.task.judging)
         return self.task.warned(stage["predictions"])
 
     def predictions(self, name: str) -> Shaped[Tensor, "M N ..."]:
@@ -253,8 +260,10 @@ class Experiment(Originals):
 
     def summary(self, names: list[str] | None = None) -> pd.DataFrame:
         """A row per method: n, score (mean, std, best; best on one half of the test items, reported on the other), and
-        the means of the three measures of novelty."""
+        the means of the three measures of novelty. The columns' name says with which running statistics they were evaluated,
+        unless it is as in the paper."""
         frame = self.frame(names)
         novelty = frame.groupby("method", sort=False)[["max_similarity", "distance", "outside_span"]].mean()
         scores = {name: self.task.summary(self.predictions(name), self._originals()) for name in novelty.index}
-        return pd.DataFrame.from_dict(scores, orient="index").join(novelty).rename_axis("method")
+        table = pd.DataFrame.from_dict(scores, orient="index").join(novelty).rename_axis("method")
+        return table.rename_axis(columns=f"running statistics {self.statistics}" if self.statistics else None)

@@ -11,16 +11,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from pdiff_lib import zoos
-from pdiff_lib.base import training
+from pdiff_lib import networks, zoos
+from pdiff_lib.base import inputs, own, training, vectors
 from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.base.runs import Store, tensor_digest
 from pdiff_lib.generators import methods
-from pdiff_lib.networks import subset, symmetry
+from pdiff_lib.networks import recalibrate, subset, symmetry, weights
 from pdiff_lib.tasks import task
-from pdiff_lib.zoos import population
+from pdiff_lib.zoos import checkpoints, population
 
 ORIGINAL = "original"
 
@@ -30,6 +31,11 @@ class Originals:
 
     Construction loads the data, creates the network and selects the subset: whatever is wrong with the recipe is said
     here, before any long work. Arguments and errors as for `experiment.Experiment`.
+
+    Attributes:
+        files: the user's own checkpoints, in order; none: the originals are trained here.
+        subset: what the vectors hold.
+        evaluated: that, with the running statistics, where these are computed anew for each network (`complete`).
     """
 
     def __init__(self, recipe: Recipe, store: Store | None = None, device: str | None = None, progress: bool = True,
@@ -40,15 +46,33 @@ class Originals:
         self._shared = {} if shared is None else shared
         if recipe.data not in self._shared:
             self._shared[recipe.data] = task.of(recipe.data)
+        self.files = own.find(recipe.own.checkpoints) if recipe.own.checkpoints else []
         self.task: task.Task = self._shared[recipe.data]
-        self._initial = self.task.network(recipe.base)
+        base = dataclasses.replace(recipe.base, pretrained=recipe.base.pretrained and not self.files)
+        self._initial = self.task.network(base)
+        self.task = self._scaled()
         self.task.check(self._initial)
-        self.subset = subset.select(self._initial, recipe.zoo.subset)
+        self.subset = self.evaluated = subset.select(self._initial, recipe.zoo.subset)
+        if recipe.own.buffers != "network":
+            self.evaluated = subset.with_statistics(self._initial, self.subset)
+            self.subset = self.evaluated if recipe.own.buffers == "checkpoint" else self.subset
         self._check_population()
         self._kept = methods.Kept()
 
+    def _scaled(self) -> task.Task:
+        """The task at the network's input scale."""
+        r, scale = self.recipe, (self.recipe.own.input_mean, self.recipe.own.input_std)
+        if scale == ((), ()) and r.base.pretrained and hasattr(self._initial, "pretrained_cfg"):
+            scale = tuple(tuple(self._initial.pretrained_cfg[name]) for name in ("mean", "std"))
+        if scale != ((), ()) and (r.data, scale) not in self._shared:
+            self._shared[r.data, scale] = self.task.scaled(*scale)
+        return self._shared.get((r.data, scale), self.task)
+
     def _check_population(self) -> None:
         p = self.recipe.population
+        if self.independent and self.files:
+            raise ValueError(f"zoo_mode is 'independent' with checkpoints {self.recipe.own.checkpoints!r}: expected 'trajectory', "
+                             "as nothing is trained here (alignment can be asked for all the same)")
         if self.independent and self.recipe.zoo.subset != "all":
             raise ValueError(f"subset is {self.recipe.zoo.subset!r} with zoo_mode 'independent': expected 'all', as networks "
                              "that are trained independently share no parameters")
@@ -67,8 +91,43 @@ class Originals:
         """Network, dataset and scale, for titles of figures."""
         r = self.recipe
         return (f"{r.base.network}, {self.task.title}, {r.zoo.subset}, "
-                f"D = {self.subset.numel:,}, K = {r.zoo.k_checkpoints}{' independent' * self.independent}"
-                f"{', aligned' * (r.population.alignment != 'none')}")
+                f"D = {self.subset.numel:,}, K = {self.k}{' independent' * self.independent}{' own checkpoints' * bool(self.files)}"
+                f"{', aligned' * (r.population.alignment != 'none')}{self.statistics and f', running statistics {self.statistics}'}")
+
+    @property
+    def k(self) -> int:
+        """K, how many originals there are."""
+        return len(self.files) or self.recipe.zoo.k_checkpoints
+
+    @property
+    def statistics(self) -> str:
+        """With which running statistics networks are evaluated, in words; "" where it is as in the paper, or there are none."""
+        if self.recipe.own.buffers == "recalibrate":
+            return f"recalibrated on {len(self._recalibration)} training items"
+        if self.recipe.own.buffers == "checkpoint":
+            return "in the vectors"
+        return "of the trained network" if self.files and subset.statistics(self._initial).names else ""
+
+    @cached_property
+    def _recalibration(self) -> Tensor:
+        """Which training items running statistics are computed from."""
+        generator = torch.Generator().manual_seed(self.recipe.data.data_seed)
+        return torch.randperm(len(self.task.x_train), generator=generator)[:self.recipe.own.recalibrate_images]
+
+    def complete(self, theta: Float[vectors.Array, "M D"]) -> Float[Tensor, "M E"]:
+        """Vectors of `evaluated`: themselves, or with their running statistics computed anew (stage "recalibrated")."""
+        theta = vectors.vectors(theta, self.subset.numel)
+        if self.evaluated == self.subset:
+            return theta
+        key = {"net": self.net_digest, "names": self.subset.names, "theta": tensor_digest(theta), "device": self.device.type,
+               "images": self.task.training_digest, "which": tensor_digest(self._recalibration)}
+
+        def compute(_checkpoint):
+            x = self.task.x_train[self._recalibration]
+            return {"theta": recalibrate.recalibrated(self._net_as_it_was(), self.subset, theta, x, prepare=self.task.prepared,
+                                                      device=self.device, progress=self.progress)}
+
+        return self.store.stage("recalibrated", key, compute, code=(recalibrate,))["theta"]
 
     @property
     def net(self) -> nn.Module:
@@ -85,7 +144,9 @@ class Originals:
     @cached_property
     def _net(self) -> tuple[nn.Module, str]:
         net = copy.deepcopy(self._initial)
-        if not self.independent:
+        if self.files:
+            checkpoints.surround(net, self.subset, self._checkpoints)
+        elif not self.independent:
             self._judge_start()
             base = dataclasses.asdict(self.recipe.base)
 
@@ -98,30 +159,53 @@ class Originals:
             stage = self.store.stage("network", {**self._start, **base}, compute, code=(zoos.train, *self.task.code))
             net.load_state_dict({k.removeprefix("net."): v for k, v in stage.items() if k.startswith("net.")})
             self.training_losses = stage["losses"]
-        return net.to(self.device).eval(), tensor_digest(net.state_dict())
+        return net.to(self.device).eval(), self._digest(net)
+
+    def _digest(self, net: nn.Module) -> str:
+        """By content: its numbers, and its code where that is the user's own."""
+        return "-".join([tensor_digest(net.state_dict()), *networks.code_key(self.recipe.base.network).values()])
+
+    @cached_property
+    def _checkpoints(self) -> checkpoints.Checkpoints:
+        """What the user's files hold (stage "checkpoints")."""
+        part = bool(self.recipe.base.weights)
+        free = subset.statistics(self._initial).names if part or self.recipe.own.buffers == "recalibrate" else ()
+
+        def compute(_checkpoint):
+            self._rehearse()
+            found = checkpoints.read(self.files, self._initial, self.subset, whole=not part, free=free,
+                                     progress=self.progress)
+            return {"theta": found.theta, **{f"around.{k}": v for k, v in found.around.items()}}
+
+        key = {"files": [inputs.digest(p.resolve()) for p in self.files], "names": self.subset.names, "free": free, "whole": not part,
+               "network": {k: list(v.shape) for k, v in self._initial.state_dict().items()}}
+        stage = self.store.stage("checkpoints", key, compute, code=(checkpoints, weights))
+        return checkpoints.Checkpoints(stage.pop("theta"), {k.removeprefix("around."): v for k, v in stage.items()})
 
     def _net_as_it_was(self) -> nn.Module:
-        if tensor_digest(self.net.state_dict()) != self.net_digest:
+        if self._digest(self.net) != self.net_digest:
             raise ValueError("the trained network was changed in place: expected it as it was handed out; work on a copy "
                              "(copy.deepcopy), and make this Experiment again")
         return self.net
 
     def _judge_start(self) -> None:
-        """Say how good the weights are that were given, once for all experiments that share."""
+        """Say how good the weights are that were given."""
         base = self.recipe.base
-        if not base.weights and (not base.pretrained or base.base_epochs):
-            return  # random, or about to get a head
-        key = {**self._start, "images": self.task.digest}
+        if base.weights or (base.pretrained and not base.base_epochs):  # else random, or about to get a head
+            self._judge(self._start, self._initial, f"weights {base.weights!r}" if base.weights else f"published weights of {base.network}")
+
+    def _judge(self, key: dict[str, str], net: nn.Module, source: str) -> None:
+        """Say how good a network is that was given, once for all experiments that share."""
+        key = {**key, "images": self.task.digest}
         if ("start", *key.values()) not in self._shared:
-            stage = self.store.stage("start", key, lambda _: self.task.start(self._initial, self.subset, self.device),
-                                     code=self.task.judging)
+            stage = self.store.stage("start", key, lambda _: self.task.start(net, self.subset, self.device), code=self.task.judging)
             self._shared["start", *key.values()] = stage
-            self.task.say_start(stage, f"weights {base.weights!r}" if base.weights else f"published weights of {base.network}")
+            self.task.say_start(stage, source)
 
     @property
     def _start(self) -> dict[str, str]:
         """What training starts from; pretrained weights and the user's own count by content."""
-        return {"images": self.task.training_digest, "start": tensor_digest(self._initial.state_dict()),
+        return {"images": self.task.training_digest, "start": self._digest(self._initial),
                 "device": self.device.type}
 
     def training_path(self, moments: int = 6) -> zoos.TrainingPath:
@@ -140,16 +224,23 @@ class Originals:
 
     @cached_property
     def zoo(self) -> zoos.Zoo:
-        """The originals: one fine-tuning (stage "zoo", Table 5b) or a population (stage "population", Table 7); aligned, if
-        that is asked for: of the same functions, with their units in the order of the first one's."""
-        z = self._population() if self.independent else self._trajectory()
+        """The originals: one fine-tuning (stage "zoo", Table 5b), a population (stage "population", Table 7) or the user's own
+        checkpoints; aligned, if that is asked for: of the same functions, with their units in the order of the first one's."""
+        z = self._given() if self.files else self._population() if self.independent else self._trajectory()
         if self.recipe.population.alignment != "none":
             z = dataclasses.replace(z, theta=symmetry.align(z.theta, z.theta[0], self._symmetry))
         self._kept.keep(ORIGINAL, z.theta)  # from here on it is everybody's
         return z
 
     def _rehearse(self) -> None:
-        self.task.rehearse(self._initial, self.subset, self.device)
+        self.task.rehearse(self._initial, self.evaluated, self.device)
+
+    def _given(self) -> zoos.Zoo:
+        theta = self._checkpoints.theta
+        last = self.complete(theta[-1:])[0]
+        self._judge({"net": self.net_digest, "theta": tensor_digest(last)}, self.evaluated.load(networks.copied(self.net), last),
+                    f"checkpoint {self.files[-1].name!r}, the last of {self.k}")
+        return zoos.Zoo(theta, self.subset.names, self.subset.shapes, torch.empty(0))
 
     def _population(self) -> zoos.Zoo:
         self._rehearse()
@@ -157,15 +248,15 @@ class Originals:
                                   progress=self.progress, **dataclasses.asdict(self.recipe.base))
 
     def _trajectory(self) -> zoos.Zoo:
-        base, own = self.recipe.base, dataclasses.asdict(self.recipe.zoo)
+        base, settings = self.recipe.base, dataclasses.asdict(self.recipe.zoo)
         augmentation = {"seed": base.seed, "flip": base.flip, "crop_scale": base.crop_scale}
 
         def compute(checkpoint):
             z = zoos.collect(self._net_as_it_was(), self.subset, self.task, checkpoint=checkpoint, device=self.device,
-                            progress=self.progress, **own, **augmentation)
+                            progress=self.progress, **settings, **augmentation)
             return {"theta": z.theta, "losses": z.losses}
 
-        key = {"images": self.task.training_digest, "net": self.net_digest, "device": self.device.type, **own,
-               **augmentation}
+        key = {"images": self.task.training_digest, "net": self.net_digest, "device": self.device.type, **settings,
+               **augmentation, **({"names": self.subset.names} if self.recipe.own.buffers == "checkpoint" else {})}
         stage = self.store.stage("zoo", key, compute, code=(zoos.collect, *self.task.code))
         return zoos.Zoo(stage["theta"], self.subset.names, self.subset.shapes, stage["losses"])

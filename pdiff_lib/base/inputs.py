@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pdiff_lib.base import recipe
+from pdiff_lib.base import own, recipe
 from pdiff_lib.base.known import KNOWN, root_of
 from pdiff_lib.base.storage import PROJECT, root, write_text
 
@@ -44,7 +44,7 @@ def of(values: Mapping[str, Any], base: Path, known: dict[Path, str] | None = No
 
 def modules(sources: Sequence[str], base: Path, known: dict[Path, str] | None = None) -> Inputs:
     """Modules in the working folder that the code of a notebook imports; Python would take them before any other."""
-    names = {name for text in sources for name in re.findall(r"^\s*(?:from|import)\s+(\w+)", text, re.M)} - {"pdiff_lib"}
+    names = {name for text in sources for name in own.imports(text)} - {"pdiff_lib"}
     found = {f"import {n}": _existing([base / f"{n}.py", *(p.parent for p in _existing([base / n / "__init__.py"]))])
              for n in sorted(names)}
     return _identified(found, {} if known is None else known)
@@ -83,6 +83,10 @@ def _places(setting: str, text: str, base: Path) -> list[Path]:
         # As `sources.find` takes a pair of Parquet files apart: names of folders may hold commas.
         parts = re.split(r"(?<=\.parquet)\s*,\s*", text.strip()) if text.endswith(".parquet") else [text]
         return [base / part for part in parts]
+    if setting == "checkpoints" and text:
+        return own.find(text, base)
+    if setting in ("network", "task") and own.is_name(text):
+        return own.places(text, base)
     if setting in recipe.names():
         return [base / text] * (setting == "weights" and text != "")
     # The tables that notebooks show are meant from the project. A "." or "/" is no path, and what lies around the working

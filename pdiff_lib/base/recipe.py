@@ -29,7 +29,8 @@ class Section:
     def __post_init__(self):
         hints = get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            value = convert(f.name, getattr(self, f.name), hints[f.name])
+            value = getattr(self, f.name)
+            value = () if f.default == () and value in ((), []) else convert(f.name, value, hints[f.name])
             for v in value if isinstance(value, tuple) else (value,):
                 low, high, choices = (f.metadata.get(k) for k in ("low", "high", "choices"))
                 if choices and v not in choices:
@@ -82,6 +83,22 @@ class Zoo(Section):
     zoo_lr: float = setting(0.03, 0.0)
     zoo_weight_decay: float = setting(5e-4, 0.0)
     zoo_batch: int = setting(128, 2)
+
+
+@dataclass(frozen=True)
+class Own(Section):
+    """What a user brings. `checkpoints`: a folder or pattern of files that are the originals ("": they are trained here; then
+    `k_checkpoints`, `base_...` and `zoo_...` say how). `buffers`: running statistics of batch norms that a network is evaluated
+    with: "network" (those of the trained network, as in the paper), "checkpoint" (each one's own, a part of its vector) or
+    "recalibrate" (computed anew for each network from `recalibrate_images` training images). `input_mean`, `input_std`: of the
+    network's inputs per channel, for pixels from 0 to 1; none: timm's own where weights are `pretrained`, else those of the
+    training images."""
+
+    checkpoints: str = ""
+    buffers: str = setting("network", choices=("network", "checkpoint", "recalibrate"))
+    recalibrate_images: int = setting(500, 2)
+    input_mean: tuple[float, ...] = setting((), 0.0, 1.0)
+    input_std: tuple[float, ...] = setting((), 1e-3)
 
 
 @dataclass(frozen=True)
@@ -163,7 +180,7 @@ class Comparison(Section):
 
 
 SECTIONS = {c.__name__.lower(): c
-            for c in (Data, Base, Zoo, Population, Autoencoder, Diffusion, Vae, Sampling, Comparison)}
+            for c in (Data, Base, Zoo, Own, Population, Autoencoder, Diffusion, Vae, Sampling, Comparison)}
 
 
 @dataclass(frozen=True)
@@ -181,6 +198,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     base: Base = field(default_factory=Base)
     zoo: Zoo = field(default_factory=Zoo)
+    own: Own = field(default_factory=Own)
     population: Population = field(default_factory=Population)
     autoencoder: Autoencoder = field(default_factory=Autoencoder)
     diffusion: Diffusion = field(default_factory=Diffusion)

@@ -113,6 +113,17 @@ def serve(file: Files = [], parameter: Parameters = [],
 
 
 @app.command()
+def generate(what: Annotated[Path, typer.Argument(help="a recipe (YAML), or the folder of a complete run")],
+             out: Annotated[Path, typer.Option(help="a new folder, or one that this command left unfinished")],
+             n: Annotated[int, typer.Option(help="how many networks")] = 20,
+             candidates: Annotated[int, typer.Option(help="how many to pick them from; 0: the recipe's `samples`")] = 0):
+    """Generate networks as safetensors that load into the model, with a model card; the best, by one half of the test images."""
+    from pdiff_lib.generate import generate as networks  # torch: seconds that no other command needs
+
+    print(f"complete: {networks(what, n, out, candidates)}")
+
+
+@app.command()
 def data():
     """List the datasets: where each comes from, and whether it is on this machine."""
     for row in catalogue():

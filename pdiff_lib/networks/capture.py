@@ -30,7 +30,7 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
 
     Args:
         net: the network.
-        names: its chosen parameters.
+        names: its chosen parameters, and running statistics.
         example: a batch as the network takes it. The parts are valid for this shape alone, so that control flow which
             depends on the shape stays right.
     """
@@ -106,6 +106,9 @@ def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[
                 chosen[node] = names_of[id(constants.pop(node))]
         else:
             constants[node] = program.state_dict.get(spec.target, program.constants.get(spec.target))
+            if spec.target in names:
+                chosen[node] = spec.target
+                del constants[node]
     return images, chosen, constants
 
 

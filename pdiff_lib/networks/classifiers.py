@@ -11,6 +11,8 @@ from jaxtyping import Float
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from pdiff_lib.base import own
+from pdiff_lib.base.runs import code_digest
 from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.weights import load
 
@@ -145,7 +147,8 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
     """Build the classifier called `name`, in train mode, on the CPU.
 
     Args:
-        name: a timm model ("resnet18"), one of the five "...-mini" networks, or "hyperrep-cnn".
+        name: a timm model ("resnet18"), one of the five "...-mini" networks, "hyperrep-cnn", or a function of one's own as
+            "package.module:function" (see `base.own`), which is called with `num_classes` and `in_chans` and returns the network.
         num_classes: width of the last layer, at least 1.
         in_chans: channels of the images, at least 1.
         image_size: side of the images in pixels; None: 64 for the minis, 32 for "hyperrep-cnn", timm's own default.
@@ -172,13 +175,20 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
     # Only the CPU generator is seeded, and restored: torch.manual_seed would also reseed every GPU.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if name in _SMALL:
+        if own.is_name(name):
+            net = _create_own(name, num_classes, in_chans, image_size, pretrained)
+        elif name in _SMALL:
             net = _create_small(name, num_classes, in_chans, image_size, pretrained)
         else:
             net = _create_timm(name, num_classes, in_chans, image_size, pretrained)
     if weights is not None:
         load(net, Path(weights), name, num_classes)
     return net
+
+
+def code_key(name: str) -> dict[str, str]:
+    """What the key of a stage needs beside a network's weights: the code, where it is the user's own."""
+    return {"code": code_digest(*own.modules(name))} if own.is_name(name) else {}
 
 
 def _create_small(name: str, num_classes: int, in_chans: int, image_size: int | None, pretrained: bool) -> nn.Module:
@@ -190,6 +200,27 @@ def _create_small(name: str, num_classes: int, in_chans: int, image_size: int | 
     net = build(num_classes, in_chans)
     net.input_shape = (in_chans, side, side)
     return net
+
+
+def _create_own(name: str, num_classes: int, in_chans: int, image_size: int | None, pretrained: bool) -> nn.Module:
+    if pretrained:
+        raise ValueError(f"pretrained = True: there are no published weights of {name}; expected False, and weights or checkpoints")
+    try:
+        build = own.load(name)
+    except ValueError as error:
+        raise ValueError(f"network {error}") from error
+    try:
+        net = build(num_classes=num_classes, in_chans=in_chans)
+    except Exception as error:  # the user's code
+        raise ValueError(f"network {name!r} cannot be built with num_classes = {num_classes}, in_chans = {in_chans} "
+                         f"({type(error).__name__}: {error})") from error
+    if not isinstance(net, nn.Module) or not any(True for _ in net.parameters()):
+        raise ValueError(f"network {name!r} gave a {type(net).__name__}: expected a torch.nn.Module with parameters")
+    if image_size:
+        net.input_shape = (in_chans, image_size, image_size)
+    elif len(getattr(net, "input_shape", ())) != 3:
+        raise ValueError(f"image_size = None: {name} does not say which images it takes; expected a size, or input_shape (C, H, W)")
+    return net.train()
 
 
 def _create_timm(name: str, num_classes: int, in_chans: int, image_size: int | None, pretrained: bool) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from math import prod
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pdiff_lib.base.vectors import (
     FLOATS,
@@ -22,14 +24,18 @@ from pdiff_lib.base.vectors import (
 )
 from pdiff_lib.networks.norms import in_forward_order
 
+SMALLEST, LARGEST = 1e-10, 1e30  # variances: below the first, batch norm's own epsilon (1e-5) is all that counts
 
 @dataclass(frozen=True)
 class Subset:
-    """A choice of a network's parameters, in a fixed order.
+    """A choice of a network's numbers, in a fixed order: parameters, and running statistics of batch norms where a vector holds
+    these too. A running variance is in the vector as its logarithm: it stays positive, whatever is generated.
 
     Attributes:
-        names: parameter names, as in `net.named_parameters()`.
+        names: as in `net.named_parameters()` and `net.named_buffers()`.
         shapes: their shapes.
+
+    Source: the logarithm is what the authors' code takes where variances are generated.
     """
 
     names: tuple[str, ...]
@@ -46,16 +52,17 @@ class Subset:
         return sum(self.sizes)
 
     def flatten(self, net: nn.Module | Mapping[str, Tensor]) -> Float[Tensor, "D"]:
-        """The chosen parameters of a network (or of a state dict) as one vector; a copy.
+        """The chosen numbers of a network (or of a state dict) as one vector; a copy. Variances are taken as at least 1e-10.
 
         Raises:
             ValueError: a tensor is missing, has another shape, or holds no floats.
         """
-        tensors = dict(net.named_parameters()) if isinstance(net, nn.Module) else net
-        return torch.cat([t.detach().reshape(-1) for t in self._of(tensors)])
+        tensors = tensors_of(net) if isinstance(net, nn.Module) else net
+        parts = [t.detach().reshape(-1) for t in self._of(tensors)]
+        return torch.cat([t.clamp(min=SMALLEST).log() if is_variance(n) else t for n, t in zip(self.names, parts)])
 
     def unflatten(self, theta: Float[Array, "D"]) -> dict[str, Tensor]:
-        """The vector as named tensors (views), ready for `torch.func.functional_call`; in its own precision.
+        """The vector as named tensors (views, but for variances), ready for `torch.func.functional_call`; in its own precision.
 
         Raises:
             ValueError: the vector has another length, or holds no floats.
@@ -63,7 +70,8 @@ class Subset:
         theta = theta if isinstance(theta, Tensor) and theta.dtype in FLOATS else vector(theta, self.numel)
         if theta.shape != (self.numel,):
             raise ValueError(f"theta has shape {list(theta.shape)}: expected [{self.numel}]")
-        return {n: part.view(s) for n, s, part in zip(self.names, self.shapes, theta.split(self.sizes))}
+        parts = {n: part.view(s) for n, s, part in zip(self.names, self.shapes, theta.split(self.sizes))}
+        return {n: p.clamp(max=math.log(LARGEST)).exp() if is_variance(n) else p for n, p in parts.items()}
 
     def load(self, net: nn.Module, theta: Float[Array, "D"]) -> nn.Module:
         """Write the vector into the network, in place; returns the network.
@@ -73,8 +81,8 @@ class Subset:
         """
         values = self.unflatten(vector(theta, self.numel)).values()
         with torch.no_grad():
-            for parameter, value in zip(self._of(dict(net.named_parameters())), values):
-                parameter.copy_(value)
+            for tensor, value in zip(self._of(tensors_of(net)), values):
+                tensor.copy_(value)
         return net
 
     def still(self, theta: Float[Array, "K D"]) -> list[str]:
@@ -93,13 +101,47 @@ class Subset:
         return [tensors[name] for name in self.names]
 
 
+def is_variance(name: str) -> bool:
+    """Whether a tensor is a running variance, which vectors hold as logarithms."""
+    return name.rpartition(".")[2] == "running_var"
+
+
+def tensors_of(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; tied ones once."""
+    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
+
+
+def statistics(net: nn.Module) -> Subset:
+    """The running statistics of all batch norms; a subset without tensors where there are none.
+
+    >>> statistics(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).names
+    ('1.running_mean', '1.running_var')
+    """
+    norms = {n: m for n, m in net.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    found = {f"{n}.{kind}".lstrip("."): (m.num_features,) for n, m in norms.items() for kind in ("running_mean", "running_var")}
+    return Subset(tuple(found), tuple(found.values()))
+
+
+def with_statistics(net: nn.Module, sub: Subset) -> Subset:
+    """A subset, then the running statistics of all batch norms of the network.
+
+    Raises:
+        ValueError: it has none.
+    """
+    own = statistics(net)
+    if not own.names:
+        raise ValueError(f"{type(net).__name__} has no batch norm with running statistics: expected a network with some, or "
+                         "vectors of parameters alone (buffers: network)")
+    return Subset(sub.names + own.names, sub.shapes + own.shapes)
+
+
 def select(net: nn.Module, choice: str | Sequence[str]) -> Subset:
     """Choose parameters.
 
     Args:
         net: the network.
         choice: "last_norms:N" (weights and biases of the last N normalisation layers in forward order), "all" (every
-            parameter; running statistics of batch norm are not parameters), or name patterns with * and ?
+            parameter; running statistics of batch norm are not parameters: see `with_statistics`), or name patterns with * and ?
             (a list, or one string with commas), in the network's own order.
 
     Raises:

@@ -90,6 +90,12 @@ class Classification(Task):
     def digest(self) -> str:
         return self.images.digest
 
+    def prepared(self, items: Shaped[Tensor, "n C h w"]) -> Float[Tensor, "n C s s"]:
+        return self.images.prepare(items)
+
+    def scaled(self, mean: Sequence[float], std: Sequence[float]) -> Classification:
+        return Classification(self.images.scaled(mean, std))
+
     @property
     def example(self) -> Float[Tensor, "1 C s s"]:
         return torch.zeros(1, *self.shape)
@@ -150,7 +156,7 @@ class Classification(Task):
 
     def say_start(self, kept: dict[str, Tensor], source: str) -> None:
         y = self.y_test
-        weights.judge(int(kept["right"]), int(kept["images"]), float(y.bincount().max() / len(y)), source)
+        weights.judge(int(kept["right"]), int(kept["images"]), float(y.bincount().max() / len(y)), source, self.images.scale)
 
 
 def task_of(source: data.Images | Task) -> Task:

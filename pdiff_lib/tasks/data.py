@@ -1,10 +1,12 @@
 """Images by name, folder or Parquet file, as uint8 tensors; resizing, normalising and augmenting them in batches."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class Images:
         y_train, y_test: labels 0..num_classes-1.
         classes: their names.
         size: side in pixels of the network inputs.
+        mean, std: of the network inputs per channel, for pixels 0..1; (): those of the training images. See `scaled`.
 
     Raises:
         ValueError: not a label for each image, or a label that is no number of a class.
@@ -42,6 +45,8 @@ class Images:
     y_test: Int64[Tensor, "M"]
     classes: tuple[str, ...]
     size: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self):
         for part, x, y in (("training", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
@@ -50,6 +55,38 @@ class Images:
             if len(y) and not 0 <= y.min() <= y.max() < len(self.classes):
                 raise ValueError(f"{part} labels from {y.min()} to {y.max()}: expected 0 to {len(self.classes) - 1}, as there "
                                  f"are {len(self.classes)} classes")
+
+    def scaled(self, mean: Sequence[float], std: Sequence[float]) -> Images:
+        """The same images for a network that was trained on another input scale: (pixel / 255 - mean) / std.
+
+        Args:
+            mean, std: per channel, or one for all; of grey images also three, which are averaged (std as variances).
+
+        Raises:
+            ValueError: another number of them, or a std that is not above 0.
+        """
+        given = torch.tensor([list(mean), list(std)], dtype=torch.float64) if len(mean) == len(std) else torch.empty(2, 0)
+        fits = given.shape[1] in (1, self.channels) or (given.shape[1], self.channels) == (3, 1)
+        if not fits or not ((given >= 0) & (given[1] > 0) & (given[0] <= 1)).all():
+            raise ValueError(f"input_mean {list(mean)} and input_std {list(std)}: expected {self.channels} numbers each, one per "
+                             "channel, or one; for pixels from 0 to 1, so mean from 0 to 1 and std above 0")
+        if self.channels == 1:
+            given = torch.stack([given[0].mean(), given[1].square().mean().sqrt()])[:, None]
+        own = [tuple(part.expand(self.channels).tolist()) for part in given]
+        return replace(self, mean=own[0], std=own[1])
+
+    @property
+    def input_scale(self) -> tuple[list[float], list[float]]:
+        """Mean and std per channel that `prepare` works with, for pixels from 0 to 1."""
+        return tuple((values.flatten() / 255).tolist() for values in self._statistics)
+
+    @property
+    def scale(self) -> str:
+        """The scale of the network inputs, in words."""
+        if not self.mean:
+            return "each channel has mean 0 and standard deviation 1 over the training images"
+        return "; ".join(f"{name} {', '.join(f'{v:.4g}' for v in values)}" for name, values in
+                         (("mean", self.mean), ("std", self.std))) + " of pixels from 0 to 1"
 
     @property
     def channels(self) -> int:
@@ -72,7 +109,8 @@ class Images:
         return self._digest(self.x_train, self.y_train)
 
     def _digest(self, *tensors: Tensor) -> str:
-        digest = hashlib.blake2b(json.dumps([self.size, self.classes]).encode(), digest_size=16)
+        scale = [self.mean, self.std] if self.mean else []
+        digest = hashlib.blake2b(json.dumps([self.size, self.classes, *scale]).encode(), digest_size=16)
         for x in tensors:
             digest.update(json.dumps([str(x.dtype), *x.shape]).encode())
             digest.update(x.contiguous().numpy())
@@ -80,7 +118,9 @@ class Images:
 
     @cached_property
     def _statistics(self) -> tuple[Float[Tensor, "C 1 1"], Float[Tensor, "C 1 1"]]:
-        """Mean and std of each channel of the stored training images, in pixel units 0..255."""
+        """Mean and std of each channel, in pixel units 0..255: of the stored training images, where none are given."""
+        if self.mean:
+            return tuple(255 * torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         counts = torch.stack([torch.bincount(self.x_train[:, c].flatten(), minlength=256)
                               for c in range(self.channels)]).double()
         share, values = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
@@ -100,13 +140,14 @@ class Images:
         return (x - mean).div_(std)
 
     def prepare(self, x: UInt8[Tensor, "B C h w"]) -> Float[Tensor, "B C s s"]:
-        """Network inputs: resized to `size` (bilinear, antialiased) where needed, normalised by the training images.
+        """Network inputs: resized to `size` (bilinear, antialiased) where needed, normalised (`scale`).
 
         Args:
             x: images of this data set, on any device; pixels 0..255.
 
         Returns:
-            float32 on the same device; over the training images each channel has mean 0 and std 1 before the resizing.
+            float32 on the same device; unless a scale is given, each channel has mean 0 and std 1 over the training images,
+            before the resizing.
 
         Raises:
             ValueError: another type or number of channels.

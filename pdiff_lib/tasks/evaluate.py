@@ -21,7 +21,7 @@ from pdiff_lib.base import training
 from pdiff_lib.base.kept import Kept, drop
 from pdiff_lib.base.vectors import vectors as as_vectors
 from pdiff_lib.networks.capture import Split, fast_layout, split, whole
-from pdiff_lib.networks.subset import Subset
+from pdiff_lib.networks.subset import Subset, tensors_of
 from pdiff_lib.tasks import task
 
 VMAP_ON_CUDA = 16  # vectors per vmap on a GPU, where one vector's rest is too small to fill it
@@ -39,7 +39,7 @@ class Evaluator:
 
     Args:
         net: the network; returns class scores [n, classes].
-        sub: which of its parameters the vectors hold.
+        sub: which of its parameters (and running statistics) the vectors hold.
         x: images, as `prepare` takes them (uint8, say), or as the network does where there is no `prepare`.
         prepare: from a batch of images on the device to what the network takes (resizing, normalising).
         batch_size: images at a time, at most; with `vectors_at_once` and `keep`, what memory depends on.
@@ -265,7 +265,7 @@ def _check(net: nn.Module, sub: Subset, x: Tensor, device: torch.device, **at_le
     for name, number in at_least_1.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: expected at least 1")
-    shapes = {n: tuple(p.shape) for n, p in net.named_parameters()}
+    shapes = {n: tuple(t.shape) for n, t in tensors_of(net).items()}
     for name, shape in zip(sub.names, sub.shapes):
         if shapes.get(name) != shape:
             raise ValueError(f"{name} of the subset has shape {shape}: {type(net).__name__} has {shapes.get(name)}")

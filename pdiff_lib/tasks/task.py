@@ -127,6 +127,15 @@ class Task(ABC):
             raise ValueError(f"{type(net).__name__} does not take items of shape {list(self.example.shape[1:])} of {self.name}, or gives "
                              f"what they are not compared with: {type(error).__name__}: {error}") from error
 
+    def prepared(self, items: Shaped[Tensor, "n ..."]) -> Tensor:
+        """Items, not augmented, as the network takes them; on their device."""
+        return items
+
+    def scaled(self, mean: Sequence[float], std: Sequence[float]) -> Task:
+        """The same task for networks that were trained on another input scale."""
+        raise ValueError(f"input_mean {list(mean)} and input_std {list(std)}: expected [] with {self.name}, whose items have no scale to "
+                         "be set")
+
     def batches(self, seeds: Sequence[int], batch: int, base: recipe.Base, device: torch.device, stream: str) -> tuple[BatchOf, int]:
         """Training batches of several networks, each in an order of its own.
 
@@ -252,6 +261,11 @@ def predict(net: nn.Module, sub: Subset, theta: Float[vectors.Array, "M D"], x: 
     return torch.cat(outputs)
 
 
+def halves(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices of two random halves of n items, the first to pick networks on and the second to report them on."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split([n // 2])
+
+
 def summary(score_on: Callable[[Tensor], Float[Tensor, "M"]], n: int, better: str = "higher", seed: int = 0) -> dict[str, float | int]:
     """The scores of many networks in a few numbers.
 
@@ -274,7 +288,7 @@ def summary(score_on: Callable[[Tensor], Float[Tensor, "M"]], n: int, better: st
 
     Source: Table 1 reports `best`; the two halves are ours.
     """
-    first, second = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split([n // 2])
+    first, second = halves(n, seed)
     everywhere, here, there = (score_on(items) for items in (torch.arange(n), first, second))
     if len(everywhere) < 1 or n < 2:
         raise ValueError(f"{len(everywhere)} networks judged on {n} items: expected at least 1 network and 2 items")

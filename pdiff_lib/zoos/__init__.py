@@ -2,6 +2,7 @@
 
 from pdiff_lib.tasks.classification import Feed as Feed
 from pdiff_lib.tasks.order import steps_per_epoch as steps_per_epoch
+from pdiff_lib.zoos.checkpoints import of as of
 from pdiff_lib.zoos.trajectory import (
     TrainingPath as TrainingPath,
     collect as collect,

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
+from pdiff_lib import networks
 from pdiff_lib.base import recipe, training
 from pdiff_lib.base.runs import Checkpoint, Store, tensor_digest
 from pdiff_lib.networks import capture, subset
@@ -74,7 +75,7 @@ def _stage(task: Task, base: recipe.Base, members: Sequence[int], k: int, store:
     nets = [create(task, base, i) for i in members]
     sub = subset.select(nets[0], "all")
     key = {"images": task.training_digest, "start": tensor_digest(torch.stack([sub.flatten(net) for net in nets])),
-           "members": [members[0], members[-1]], "device": device.type, **dataclasses.asdict(base)}
+           "members": [members[0], members[-1]], "device": device.type, **dataclasses.asdict(base), **networks.code_key(base.network)}
 
     def compute(checkpoint: Checkpoint) -> dict[str, Tensor]:
         losses = train(nets, task, [member_seed(base.seed, i) for i in members], at_once=at_once, checkpoint=checkpoint,

@@ -59,8 +59,7 @@ def load(path: str | Path, sub: Subset | None = None) -> Zoo:
     with suppress(SafetensorError), safe_open(path, framework="pt") as file:  # `runs.read` says what is wrong with others
         if "checksum" not in (file.metadata() or {}):
             raise ValueError(f"{path} is not a zoo of this workbook (it holds {weights.some(file.keys())}): bring checkpoints "
-                             "of your own with Zoo(torch.stack([sub.flatten(state) for state in states]), sub.names, "
-                             "sub.shapes, torch.empty(0)).save(path)")
+                             "of your own with zoo.of(files, net, sub)")
     tensors, note = runs.read(Path(path))
     if not {"names", "shapes"} <= note.keys() or "theta" not in tensors:
         raise ValueError(f"{path} holds {weights.some(tensors)}: expected a zoo (theta with names and shapes)")

@@ -69,7 +69,7 @@ def another(f, value):
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, tuple):
-        return (*value, value[0])
+        return (*value, *(value[:1] or (0.5,)))
     return value + 1 if isinstance(value, int) else value / 2 + 0.017
 
 
