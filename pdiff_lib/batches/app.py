@@ -77,6 +77,9 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
     class Page(Voila):
         """Voila, whose own way to open a browser knows no token."""
 
+        def init_settings(self):
+            return {**super().init_settings(), "headers": HEADERS}
+
         def launch_browser(self):
             # In a file that this user alone can read: everyone sees the command line of a browser.
             descriptor, path = tempfile.mkstemp(suffix=".html")
@@ -87,4 +90,4 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
     print(f"{address} shows {notebook.name}; Ctrl-C ends it", flush=True)
     Page.launch_instance([str(copy), f"--Voila.ip={host}", f"--port={port}", "--Voila.port_retries=0",
                           f"--Voila.open_browser={open_browser}", "--show_tracebacks=True", "--strip_sources=True",
-                          f"--Voila.token={token}", f"--Voila.tornado_settings={{'headers': {HEADERS}}}"])
+                          f"--Voila.token={token}"])
