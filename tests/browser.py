@@ -29,7 +29,7 @@ def served(command: list[str], log: Path, up: str = "", **environment: str):
         for _ in range(240):
             assert server.poll() is None, log.read_text()
             try:
-                urllib.request.urlopen(address.rstrip("/") + ("" if up else "/voila/static/none"), timeout=5)
+                urllib.request.urlopen(address if up else address.partition("?")[0] + "voila/static/none", timeout=5)
                 break
             except urllib.error.HTTPError:  # an answer
                 break

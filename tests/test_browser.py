@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from urllib.parse import urlsplit
 
 import nbformat
 import pandas as pd
@@ -109,15 +110,38 @@ def test_explorers_in_jupyterlab(desk, pictures, monkeypatch, stages, table):
     assert saved.stat().st_size < 1_000_000
 
 
-def test_explorers_as_a_page(tmp_path, pictures, stages, table):
+def cut(page, address: str) -> list[str]:
+    """No host but that of the address answers the page; where it asked for something else comes into the list."""
+    asked, own = [], urlsplit(address).netloc
+
+    def answer(route):
+        if urlsplit(route.request.url).netloc == own:
+            return route.continue_()
+        asked.append(route.request.url)
+        return route.abort()
+
+    page.route(re.compile("^(?!data:|blob:)"), answer)
+    page.on("websocket", lambda socket: asked.append(socket.url) if urlsplit(socket.url).netloc != own else None)
+    return asked
+
+
+def test_explorers_as_a_page_without_a_network(tmp_path, pictures, stages, table):
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "source": table}))
     command = [sys.executable, "-m", "pdiff_lib.batches.cli", "app", "-f", str(tmp_path / "small.yaml"), "--port", "0", "--no-browser"]
     with served(command, tmp_path / "log", **stages) as address, chromium() as page:
         assert address.startswith("http://127.0.0.1:")
-        page.goto(address, timeout=300_000)
+        asked = cut(page, address)
+        door, token = address.split("?token=")
+        page.goto(door)
+        page.locator("#password_input").fill(token)
+        page.locator("#login_submit").click(timeout=300_000)
         use_scatter(page, pictures / "app")
         use_denoising(page, pictures / "app")
         use_sweep(page, pictures / "app")
+        icon = page.locator(".pdiff-denoising .widget-play .fa-play")
+        assert "Font Awesome" in icon.evaluate("e => getComputedStyle(e).fontFamily")
+        assert page.evaluate("() => [...document.fonts].some(f => f.family.includes('Font Awesome') && f.status == 'loaded')")
+        assert asked == []
         assert page.locator("text=Traceback").count() == 0
 
 

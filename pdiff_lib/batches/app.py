@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
+import secrets
 import socket
+import tempfile
+import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,10 @@ from typing import Any
 import nbformat
 
 from pdiff_lib.base import runs
+
+# A browser takes nothing from another host, and sends nothing there. Voila's templates name two style sheets of Font Awesome on a
+# CDN, and bring the same icons with them; the widgets and plotly write code and styles into the page.
+HEADERS = {"Content-Security-Policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"}
 
 
 def page(notebook: Path, parameters: Mapping[str, Any]) -> Path:
@@ -46,18 +52,16 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
         host: address to listen on.
         port: 0 = any that is free.
         open_browser: open the page.
-        token: what a visitor must bring (`?token=...`, or typed in); without one whoever reaches the address can use the
-            explorers, and their kernel.
+        token: what a visitor must bring (`?token=...`, or typed in): who reaches the page runs code as this user, and
+            127.0.0.1 is reached by everyone on this machine. Without one it is drawn, and printed with the address.
 
     Raises:
-        ValueError: the port is taken, the host is no address of this machine, or others reach it and there is no token.
+        ValueError: the port is taken, the host is no address of this machine, or the token is too simple.
     """
     from voila.app import Voila
 
-    if not token and not _loopback(host):
-        raise ValueError(f"host {host!r} can be reached from other machines, and a page runs code on this one: expected a "
-                         "token (--token, or $PDIFF_TOKEN), or 127.0.0.1")
-    if token and not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):
+    token = token or secrets.token_urlsafe(24)
+    if not re.fullmatch(r"[\w.~-]{8,}", token, re.ASCII):
         raise ValueError("the token is too short, or holds what an address cannot: expected 8 or more of A-Z, a-z, 0-9, _.~-")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -67,17 +71,23 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
         raise ValueError(f"cannot listen on {host}, port {port}: {e.strerror or e}; expected an address of this machine "
                          "and a free port (0: any)") from e
     copy = page(notebook, parameters)
-    where = f"{f'[{host}]' if ':' in host else host}:{port}/{f'?token={token}' * bool(token)}"
-    print(f"http://{where} shows {notebook.name}; Ctrl-C ends it", flush=True)
-    Voila.launch_instance([str(copy), f"--Voila.ip={host}", f"--port={port}", "--Voila.port_retries=0",
-                           f"--Voila.open_browser={open_browser}", "--show_tracebacks=True", "--strip_sources=True",
-                           *([f"--Voila.token={token}"] * bool(token))])
+    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{port}/?token={token}"
 
+    class Page(Voila):
+        """Voila, whose own way to open a browser knows no token."""
 
-def _loopback(host: str) -> bool:
-    """Whether only this machine reaches an address or a name: all that it stands for, and "" stands for every address."""
-    try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return bool(host) and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found)
+        def init_settings(self):
+            return {**super().init_settings(), "headers": HEADERS}
+
+        def launch_browser(self):
+            # In a file that this user alone can read: everyone sees the command line of a browser.
+            descriptor, path = tempfile.mkstemp(suffix=".html")
+            with open(descriptor, "w") as file:
+                file.write(f'<meta http-equiv="refresh" content="0; url={address}">')
+            webbrowser.open(Path(path).as_uri())
+
+    print(f"{address} shows {notebook.name}; Ctrl-C ends it", flush=True)
+    Page.launch_instance([str(copy), f"--Voila.ip={host}", f"--port={port}", "--Voila.port_retries=0",
+                          f"--Voila.open_browser={open_browser}", "--show_tracebacks=True", "--strip_sources=True",
+                          f"--Voila.token={token}"])

@@ -5,14 +5,9 @@ Titles state network, dataset and scale (pass them as `title`); colours and symb
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import shutil
-import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -22,6 +17,7 @@ from torch import Tensor
 from pdiff_lib.base import score as scores
 from pdiff_lib.drawing.palette import COLOURS, DIVERGING, LABELS, SEQUENTIAL, look
 from pdiff_lib.drawing.pictures import confusion, denoising, grid, heatmaps, pairs, trajectory  # noqa: F401
+from pdiff_lib.drawing.renderer import draw
 
 
 def scatter(frame: pd.DataFrame, title: str) -> go.Figure:
@@ -231,6 +227,8 @@ def columns(vectors: Mapping[str, Tensor], **more: Sequence) -> pd.DataFrame:
 def save(fig: go.Figure, path: str | Path, numbers: pd.DataFrame | None = None) -> go.Figure:
     """Keep a figure: `path`.html (interactive), `path`.csv (its numbers), and `path`.svg where a Chrome or Chromium is.
 
+    The HTML fetches plotly.js from its CDN (4.7 MB in each file otherwise): without a network it shows nothing, the SVG does.
+
     Returns:
         The figure, to be shown by the notebook.
     """
@@ -244,41 +242,3 @@ def save(fig: go.Figure, path: str | Path, numbers: pd.DataFrame | None = None) 
     else:
         print(f"no Chrome or Chromium on this machine: {path.name}.svg was not drawn (the HTML was)")
     return fig
-
-
-def draw(fig: go.Figure, path: Path) -> None:
-    """A picture of a figure, in the format of the path's ending.
-
-    Raises:
-        ChromeNotFoundError: there is no browser to draw with. Other errors of `kaleido` when it does not start or draw.
-    """
-    kept = _browser.cache_info().currsize
-    try:
-        _browser()(fig, path)
-    except Exception:
-        _browser.cache_clear()
-        if not kept:
-            raise
-        _browser()(fig, path)  # the one that was kept may have died since the last figure
-
-
-@cache
-def _browser() -> Callable[[go.Figure, Path], None]:
-    """A browser for all figures of this process; `write_image` starts one per figure (3.2 s instead of 0.3), and kaleido's own
-    server would wait without end for one that does not start."""
-    import kaleido  # a tenth of a second that only this needs
-
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-
-    def wait(work: Coroutine) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
-
-    async def start() -> kaleido.Kaleido:
-        browser = kaleido.Kaleido()
-        await browser.open()
-        return browser
-
-    browser = wait(start())
-    atexit.register(lambda: wait(browser.close()))
-    return lambda fig, path: wait(browser.write_fig(fig, path, cancel_on_error=True))

@@ -1,8 +1,8 @@
-"""app.py: what others can reach asks for a token, at every door."""
+"""app.py: the page asks for a token, at every door, also on the loopback that all users of a machine share."""
 
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,30 +13,57 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat import v4
+from voila.app import Voila
 
 from pdiff_lib.batches import app, cli
 
 SERVE = """import sys
 from pathlib import Path
 from pdiff_lib.batches import app
-app.serve(Path(sys.argv[1]), {}, port=int(sys.argv[2]), open_browser=False, token=sys.argv[3])"""
+app.serve(Path(sys.argv[1]), {}, port=0, open_browser=False)"""
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1"])
-def test_this_machines_own_addresses(host):
-    assert app._loopback(host)
-
-
-@pytest.mark.parametrize("host",
-                         ["0.0.0.0", "", "::", "0", "10.0.0.1", "fe80::1", "192.168.1.1", "8.8.8.8", "no.such.name.invalid",
-                          "127.0.0.1.example"])
-def test_what_others_reach_needs_a_token(host, monkeypatch, tmp_path):
-    monkeypatch.delenv("PDIFF_TOKEN", raising=False)
+@pytest.fixture
+def ask(monkeypatch, tmp_path, capsys):
+    """`pdiff app` that starts no server: the Voila that it would start, with its arguments, and what it prints."""
+    started = []
     monkeypatch.setenv("PDIFF_RUNS", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["pdiff", "app", "--host", host])
-    with pytest.raises(SystemExit, match="expected a token"):
-        cli.main()
-    assert not list(tmp_path.iterdir())
+    monkeypatch.delenv("PDIFF_TOKEN", raising=False)
+    monkeypatch.setattr(Voila, "launch_instance", classmethod(lambda kind, arguments: started.append((kind, arguments))))
+
+    def asked(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pdiff", "app", "--port", "0", *arguments])
+        with pytest.raises(SystemExit, match="^0$"):
+            cli.main()
+        return *started.pop(), capsys.readouterr().out
+    return asked
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "0.0.0.0", ""])
+def test_every_server_has_a_token_of_its_own_that_is_printed(ask, host):
+    tokens = []
+    for _ in range(2):
+        _, arguments, printed = ask("--host", host)
+        tokens += re.findall(r"^http://[^ /]+:\d+/\?token=([\w-]{32}) shows 50_explore.ipynb", printed)
+        assert f"--Voila.token={tokens[-1]}" in arguments and f"--Voila.ip={host}" in arguments
+    assert len(set(tokens)) == 2
+
+
+def test_a_token_of_ones_own(ask, monkeypatch):
+    monkeypatch.setenv("PDIFF_TOKEN", "from-the-environment")
+    for given, token in (([], "from-the-environment"), (["--token", "from-the-command"], "from-the-command")):
+        _, arguments, printed = ask(*given)
+        assert f"--Voila.token={token}" in arguments and f"/?token={token} shows" in printed
+
+
+def test_the_browser_opens_with_the_token_which_no_list_of_processes_shows(ask, monkeypatch, tmp_path):
+    opened = []
+    monkeypatch.setattr(app.webbrowser, "open", opened.append)
+    monkeypatch.setattr(app.tempfile, "tempdir", str(tmp_path))
+    kind, _, _ = ask("--token", "secret-token")
+    kind.launch_browser(None)
+    file = Path(opened[0].removeprefix("file://"))
+    assert "secret" not in opened[0] and "/?token=secret-token" in file.read_text() and file.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("token", ["short", "None", '"aaaaaaaa"', "a b c d e", "a&b=cdefg", "äääääääää"])
@@ -63,14 +90,12 @@ def test_a_real_server_lets_nobody_in_without_the_token(tmp_path):
     cells = [v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}),
              v4.new_code_cell(f"open({str(tmp_path / 'ran')!r}, 'w')\nprint('SE' + 'CRET')")]
     nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "x.ipynb")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     environment = {**os.environ, "PDIFF_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(Path(app.__file__).parents[2])}
-    server = subprocess.Popen([sys.executable, "-c", SERVE, tmp_path / "x.ipynb", str(port), "a-token-of-ours"],
+    server = subprocess.Popen([sys.executable, "-c", SERVE, tmp_path / "x.ipynb"],
                               env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        assert f"http://127.0.0.1:{port}/?token=a-token-of-ours shows x.ipynb" in server.stdout.readline()
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        url, token = re.match(r"(http://127\.0\.0\.1:\d+)/\?token=(\S{32}) shows x.ipynb", server.stdout.readline()).groups()
+        until = time.monotonic() + 60
         while True:
             try:
                 get(f"{url}/login")
@@ -87,7 +112,7 @@ def test_a_real_server_lets_nobody_in_without_the_token(tmp_path):
             status, text = get(url + door, **headers)
             assert status in (302, 403) and "SECRET" not in text, door
         assert not (tmp_path / "ran").exists(), "no kernel was started"
-        for headers, door in (({}, "/?token=a-token-of-ours"), ({"Authorization": "token a-token-of-ours"}, "/")):
+        for headers, door in (({}, f"/?token={token}"), ({"Authorization": f"token {token}"}, "/")):
             status, text = get(url + door, **headers)
             assert status == 200 and "SECRET" in text
     finally:

@@ -1,18 +1,14 @@
 """plots.py: every figure shows the numbers it was given, where it says."""
 
-import json
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import psutil
 import pytest
 import torch
 
-from browser import CHROMIUM
 from pdiff_lib.drawing import palette, pictures, plots
 from pdiff_lib.networks.subset import Subset
 
@@ -126,34 +122,6 @@ def test_save_writes_html_and_numbers_and_a_picture_where_a_browser_is(tmp_path,
     assert (tmp_path / "two.html").is_file() and not (tmp_path / "two.csv").exists()
     plots.save(fig, tmp_path / "noise-0.05", numbers)
     assert {p.name for p in tmp_path.glob("noise*")} == {"noise-0.05.html", "noise-0.05.csv"}
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
-def test_pictures_are_drawn_by_one_browser_that_ends_with_the_process(tmp_path):
-    code = """if True:
-        import sys, pathlib, psutil, plotly.graph_objects as go
-        from pdiff_lib.drawing import plots
-        folder = pathlib.Path(sys.argv[1])
-        for name in ("one.svg", "two.svg", "three.png"):
-            plots.draw(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])).update_layout(title=f"this is {name}", width=400, height=300), folder / name)
-            print([p.pid for p in psutil.Process().children()])
-        try:
-            plots.draw(go.Figure(), folder / "four.txt")
-        except ValueError as e:
-            print(repr(e))
-        psutil.Process().children()[0].kill()
-        plots.draw(go.Figure(), folder / "after-a-kill.svg")
-    """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    *children, refused = done.stdout.splitlines()
-    assert len(children) == 3 and len(set(children)) == 1 and "txt" in refused, done.stdout
-    assert not psutil.pid_exists(*json.loads(children[0]))
-    for name in ("one", "two"):
-        picture = (tmp_path / f"{name}.svg").read_text()
-        assert f"this is {name}.svg" in picture and 'width="400"' in picture
-    assert (tmp_path / "after-a-kill.svg").stat().st_size > 1000
-    assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_violins_stand_in_the_order_of_the_setting():
