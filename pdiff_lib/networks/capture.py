@@ -1,20 +1,26 @@
 """Cutting a network in two: what no chosen parameter reaches, and the rest.
 
 The network is captured as a graph (`torch.export`); every node that depends on a chosen parameter belongs to the rest.
+A capture takes 0.1 to 4 s, and is worth it where it spares more than that: `Count` estimates both.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+
+# Seconds of one CPU core, measured (tests/benchmarks/README.md). Only their ratios matter, which other machines share.
+OPERATION, ELEMENT, FLOP = 20e-6, 1.4e-9, 1 / 80e9  # per operation and batch; per number written and per FLOP, for each image
+CAPTURE = 5e-3  # per operation of the network
 
 
 class Split(NamedTuple):
@@ -71,25 +77,88 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     return Split(fx.GraphModule(attributes, frozen), fx.GraphModule(attributes, rest))
 
 
-def whole(net: nn.Module) -> Split:
-    """The plain way: nothing is frozen. For one vector, which shares its work with no other, it is also the fastest."""
-    return Split(lambda x: (x,), partial(torch.func.functional_call, net), captured=False)
+def whole(net: nn.Module, names: tuple[str, ...]) -> Split:
+    """The plain way: nothing is frozen, and `net` itself takes the numbers of its chosen parameters. Faster than
+    `torch.func.functional_call`, and each weight keeps its layout."""
+    own = {name: net.get_parameter(name) for name in names}
+
+    def rest(params: dict[str, Tensor], boundary: tuple[Tensor, ...]) -> Tensor:
+        for name, value in params.items():
+            own[name].copy_(value)
+        return net(*boundary)
+
+    return Split(lambda x: (x,), rest, captured=False)
 
 
-def fast_layout(net: nn.Module, image: Tensor) -> torch.memory_format:
+class Count(TorchDispatchMode):
+    """What a capture of a network would cost, and what it would spare: an estimate, from what the network does to one image.
+
+    The frozen part is what no chosen parameter reaches, as in `split`. Operations, numbers written and FLOPs are counted,
+    and no time is measured: the same calls take the same way each time, and predictions repeat to the last bit. A tensor
+    that is written through a view of it counts as frozen.
+
+    Args:
+        net: the network.
+        names: its chosen parameters.
+    """
+
+    def __init__(self, net: nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        self.net, self.chosen = net, [net.get_parameter(name) for name in names]
+
+    def run(self, image: Tensor) -> Tensor:
+        """The scores of one image, counted."""
+        self.operations = self.frozen = 0
+        self.seconds_per_image = 0.0  # of the frozen part
+        self.reached = {id(p): p for p in self.chosen}  # holds the tensors, so that no other gets their number
+        try:
+            with self:
+                return self.net(image)
+        finally:
+            self.reached.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.operations += 1
+        if any(id(t) in self.reached for t in _tensors((*args, *kwargs.values()))):
+            self.reached.update((id(t), t) for t in _tensors([result]))
+        else:
+            self.frozen += 1
+            if not func.is_view:
+                self.seconds_per_image += ELEMENT * sum(t.numel() for t in _tensors([result]))
+            if flops := flop_registry.get(func.overloadpacket):
+                self.seconds_per_image += FLOP * flops(*args, **kwargs, out_val=result)
+        return result
+
+    def pays(self, batches: int, size: int) -> bool:
+        """Whether a capture costs less than the frozen part over so many batches of `size` images."""
+        return batches * (OPERATION * self.frozen + size * self.seconds_per_image) > CAPTURE * self.operations
+
+
+def _tensors(values: Iterable) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def fast_layout(net: nn.Module, image: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> tuple[torch.memory_format, Tensor]:
     """Channels last, in which convolutions run 1.3 (ResNet-18) to 1.4 times (ResNet-50) as fast on a CPU, with the network
-    converted to it; unless the network insists on contiguous tensors (`view`), or has parameters that know no such layout."""
+    converted to it; unless the network insists on contiguous tensors (`view`), or has parameters that know no such layout.
+    With the network's scores of the image, by `run` where that is given."""
+    run = run or net
     if image.ndim != 4:
-        return torch.contiguous_format
+        return torch.contiguous_format, run(image)
     try:
         net.to(memory_format=torch.channels_last)
-        net(image.contiguous(memory_format=torch.channels_last))
-        return torch.channels_last
+        return torch.channels_last, run(image.contiguous(memory_format=torch.channels_last))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         net.to(memory_format=torch.contiguous_format)
-        return torch.contiguous_format
+        return torch.contiguous_format, run(image)
 
 
 def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[str, ...]):
