@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -118,17 +119,16 @@ class Count(TorchDispatchMode):
             self.reached.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
         self.operations += 1
-        if any(id(t) in self.reached for t in _tensors((*args, *kwargs.values()))):
-            self.reached.update((id(t), t) for t in _tensors([result]))
-        else:
-            self.frozen += 1
-            if not func.is_view:
-                self.seconds_per_image += ELEMENT * sum(t.numel() for t in _tensors([result]))
-            if flops := flop_registry.get(func.overloadpacket):
-                self.seconds_per_image += FLOP * flops(*args, **kwargs, out_val=result)
+        if any(id(t) in self.reached for t in _tensors((*args, *kwargs.values()) if kwargs else args)):
+            self.reached.update((id(t), t) for t in _tensors((result,)))
+            return result
+        self.frozen += 1
+        if not func.is_view:
+            self.seconds_per_image += ELEMENT * sum(t.numel() for t in _tensors((result,)))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.seconds_per_image += FLOP * formula(*args, **(kwargs or {}), out_val=result)
         return result
 
     def pays(self, batches: int, size: int) -> bool:
@@ -136,12 +136,10 @@ class Count(TorchDispatchMode):
         return batches * (OPERATION * self.frozen + size * self.seconds_per_image) > CAPTURE * self.operations
 
 
-def _tensors(values: Iterable) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+def _tensors(values: Iterable) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, those in lists too."""
+    flat = chain.from_iterable(value if isinstance(value, (list, tuple)) else (value,) for value in values)
+    return [value for value in flat if isinstance(value, Tensor)]
 
 
 def fast_layout(net: nn.Module, image: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> tuple[torch.memory_format, Tensor]:
@@ -159,6 +157,24 @@ def fast_layout(net: nn.Module, image: Tensor, run: Callable[[Tensor], Tensor] |
     except RuntimeError:
         net.to(memory_format=torch.contiguous_format)
         return torch.contiguous_format, run(image)
+
+
+@torch.no_grad()
+def try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor], count: Count | None) -> tuple[torch.memory_format, int]:
+    """Refuse a network and images that do not go together; returns the layout to work in and the number of classes."""
+    shape = list(x.shape[1:])
+    try:
+        image = first()
+        shape = list(image.shape[1:])
+        layout, scores = fast_layout(net, image, count and count.run)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
+    got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if isinstance(got, str) or len(got) != 2:
+        raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")
+    return layout, got[1]
 
 
 def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[str, ...]):

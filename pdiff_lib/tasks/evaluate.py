@@ -21,7 +21,7 @@ from pdiff_lib import networks
 from pdiff_lib.base import training
 from pdiff_lib.base.kept import Kept, drop
 from pdiff_lib.base.vectors import vectors as as_vectors
-from pdiff_lib.networks.capture import Count, Split, fast_layout, split, whole
+from pdiff_lib.networks.capture import Count, Split, split, try_one_image, whole
 from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import task
 
@@ -72,7 +72,7 @@ class Evaluator:
         self.kept = Kept(device, keep)
         self.count = Count(self.net, sub.names) if device.type == "cpu" else None
         self.spared = 0  # runs of the frozen part over all images that a capture would have spared
-        self.layout, self.classes = _try_one_image(self.net, x, lambda: self._images(0, 1), self.count)
+        self.layout, self.classes = try_one_image(self.net, x, lambda: self._images(0, 1), self.count)
 
     def _images(self, start: int, size: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         batch = self.x[start:start + size]
@@ -285,21 +285,3 @@ def _check(net: nn.Module, sub: Subset, x: Tensor, device: torch.device, **at_le
     for name, shape in zip(sub.names, sub.shapes):
         if shapes.get(name) != shape:
             raise ValueError(f"{name} of the subset has shape {shape}: {type(net).__name__} has {shapes.get(name)}")
-
-
-@torch.no_grad()
-def _try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor], count: Count | None) -> tuple[torch.memory_format, int]:
-    """Refuse a network and images that do not go together; returns the layout to work in and the number of classes."""
-    shape = list(x.shape[1:])
-    try:
-        image = first()
-        shape = list(image.shape[1:])
-        layout, scores = fast_layout(net, image, count and count.run)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
-    got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if isinstance(got, str) or len(got) != 2:
-        raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")
-    return layout, got[1]
