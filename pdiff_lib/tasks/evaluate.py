@@ -71,7 +71,7 @@ class Evaluator:
         self.part: Split | None = None
         self.kept = Kept(device, keep)
         self.count = Count(self.net, sub.names) if device.type == "cpu" else None
-        self.spared = 0  # runs of the frozen part over all images that a capture would have spared
+        self.spared = 0 if keep == 0 else -1  # runs of the frozen part that a capture would have spared all calls: but one
         self.layout, self.classes = try_one_image(self.net, x, lambda: self._images(0, 1), self.count)
 
     def _images(self, start: int, size: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -103,7 +103,7 @@ class Evaluator:
             ValueError: vectors of another length, or with NaN or infinity.
         """
         theta = as_vectors(theta, self.sub.numel, device=self.device).to(self.net.get_parameter(self.sub.names[0]).dtype)
-        self.spared += len(theta) - (not self.spared or self.kept.limit == 0)  # it runs once; in each call where none is kept
+        self.spared += len(theta) - (self.kept.limit == 0)  # and but one in each call where nothing is kept
         with training.precision(self.device):
             while True:
                 try:
@@ -134,9 +134,8 @@ class Evaluator:
         return True
 
     def _pays(self) -> bool:
-        if self.count is None:
-            return self.spared > 0
-        return self.count.pays(self.spared * -(-len(self.x) // self.batch), self.batch)
+        batches = -(-len(self.x) // self.batch)
+        return self.spared > 0 and (self.count is None or self.count.pays(self.spared * batches, self.batch))
 
     @torch.no_grad()
     def capture(self) -> None:
