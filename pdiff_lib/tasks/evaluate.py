@@ -3,8 +3,8 @@
 Only a few parameters differ between the vectors, so most of the network computes the same numbers for each of them.
 The network is captured as a graph and cut in two: the frozen part, which depends on no chosen parameter and runs once
 per batch of images, and the rest, which runs once per vector. Images are the outer loop and vectors the inner one, so
-memory is bounded by the batch and not by the number of vectors or images. Few vectors of a small network run whole: a capture takes
-longer than they do (`capture.Count`).
+memory is bounded by the batch and not by the number of vectors or images. Few vectors of a small network run whole: a
+capture takes longer than they do (`capture.Count`).
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def _gradients(net: nn.Module, names: Sequence[str], example: Tensor, criterion:
     last = _has(net, nn.Conv2d) and not _has(net, nn.LayerNorm) and example.device.type == "cpu"
     if last:
         with torch.no_grad():  # in eval mode: one image alone is no batch for a batch norm
-            last = capture.fast_layout(copy.deepcopy(net).eval(), example)[0] == torch.channels_last
+            last = capture.fast_layout(copy.deepcopy(net).eval(), example) == torch.channels_last
 
     def gradients(tensors, x, y):
         if len(x) > 1:

@@ -1,4 +1,4 @@
-"""Evaluating many vectors: the frozen part once and the rest per vector, where that pays, against one whole network per vector.
+"""Evaluating many vectors: the frozen part once and the rest per vector, where that pays; or one whole network per vector.
 
     python tests/benchmarks/bench_evaluate.py [network ...]
 
@@ -42,7 +42,8 @@ def main(wanted):
     captures, split = [], evaluate.split
     evaluate.split = lambda *how: captures.append(1) or split(*how)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, processor time")
-    print(f"{'network':24}{'generated':14}{'pixels':>7}{'images':>7}{'vectors':>8}{'plain s':>9}{'ours s':>8}{'ratio':>8}  way       agree")
+    print(f"{'network':24}{'generated':14}{'pixels':>7}{'images':>7}{'vectors':>8}{'plain s':>9}{'ours s':>8}{'ratio':>8}"
+          "  way       agree")
     for name, choice, size, images in CASES:
         if wanted and name not in wanted:
             continue
