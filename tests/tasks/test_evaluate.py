@@ -271,13 +271,14 @@ def test_a_capture_is_made_where_it_pays(monkeypatch, choice, count, expected):
 
 
 def test_an_evaluator_adds_up_what_it_was_asked(monkeypatch):
-    net, made = mini(), captures(monkeypatch)
+    monkeypatch.setattr(capture, "CAPTURE", capture.CAPTURE / 10)
+    net, made, many = mini(), captures(monkeypatch), MANY // 10
     sub = subset.select(net, "last_norms:1")
-    theta, x = vectors(net, sub, MANY), images(4, 8)
+    theta, x = vectors(net, sub, many), images(4, 8)
     expected = plain(net, sub, theta, x).argmax(-1)
     evaluator, when = evaluate.Evaluator(net, sub, x), []
-    for start in range(0, MANY, 50):
-        assert torch.equal(evaluator.predict(theta[start:start + 50]), expected[start:start + 50])
+    for start in range(0, many, 5):
+        assert torch.equal(evaluator.predict(theta[start:start + 5]), expected[start:start + 5])
         when.append(len(made))
     assert when[0] == 0 and when[-1] == 1
     alone = evaluate.Evaluator(net, sub, x, keep=0)  # one vector a call and nothing kept: a capture spares nothing, ever
