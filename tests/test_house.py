@@ -129,7 +129,7 @@ def test_stages_from_before_the_move_are_found(tmp_path, monkeypatch):
     e = Experiment(Recipe.of(**THEN), runs.Store(tmp_path / "stages"), device="cpu", progress=False)
     e.add("vae", e.vae())
     monkeypatch.setattr(runs, "write", lambda path, *_: pytest.fail(f"computed again: {path}"))
-    found = {"network": e.net.state_dict(), "zoo": {"theta": e.zoo.theta}, "training path": {"theta": e.training_path(3).theta},
+    found = {"network": e.net.state_dict(), "zoo": {"theta": e.zoo.theta},
              "autoencoder": {"z": e.fitted("p-diff").z}, "generated": {"theta": e.theta("p-diff")}}
     e.theta("vae")
     for stage, tensors in found.items():

@@ -125,8 +125,7 @@ def vectors(theta: Any, numel: int | None = None, at_least: int = 1, device: tor
     theta = (theta.detach() if theta.requires_grad else theta).to(device, torch.float32).contiguous()
     if theta.is_inference() and not torch.is_inference_mode_enabled():
         theta = theta.clone()  # such tensors can be neither changed nor trained on
-    bad = ~torch.isfinite(theta).all(dim=1)
-    if bad.any():
+    if not torch.isfinite(theta.sum(dim=1)).all() and (bad := ~torch.isfinite(theta).all(dim=1)).any():  # a sum is quick
         row = int(bad.nonzero()[0])
         beyond = " (finite as given, but beyond the range of float32)" if bool((abs(given[row]) < torch.inf).all()) else ""
         raise ValueError(f"theta holds NaN or infinity in {int(bad.sum())} of {len(theta)} vectors, first in vector {row}"

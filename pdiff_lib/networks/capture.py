@@ -1,20 +1,27 @@
 """Cutting a network in two: what no chosen parameter reaches, and the rest.
 
 The network is captured as a graph (`torch.export`); every node that depends on a chosen parameter belongs to the rest.
+A capture takes 0.1 to 4 s, and is worth it where it spares more than that: `Count` estimates both.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
+
+# Seconds of one CPU core, measured (tests/benchmarks/README.md). Only their ratios matter, which other machines share.
+OPERATION, ELEMENT, FLOP = 20e-6, 1.4e-9, 1 / 80e9  # per operation and batch; per number written and per FLOP, for each image
+CAPTURE = 5e-3  # per operation of the network
 
 
 class Split(NamedTuple):
@@ -71,25 +78,108 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     return Split(fx.GraphModule(attributes, frozen), fx.GraphModule(attributes, rest))
 
 
-def whole(net: nn.Module) -> Split:
-    """The plain way: nothing is frozen. For one vector, which shares its work with no other, it is also the fastest."""
-    return Split(lambda x: (x,), partial(torch.func.functional_call, net), captured=False)
+def whole(net: nn.Module, names: tuple[str, ...]) -> Split:
+    """The plain way: nothing is frozen, and `net` itself takes the numbers of its chosen parameters. Faster than
+    `torch.func.functional_call`, and each weight keeps its layout."""
+    own = {name: net.get_parameter(name) for name in names}
+
+    def rest(params: dict[str, Tensor], boundary: tuple[Tensor, ...]) -> Tensor:
+        for name, value in params.items():
+            own[name].copy_(value)
+        return net(*boundary)
+
+    return Split(lambda x: (x,), rest, captured=False)
+
+
+class Count(TorchDispatchMode):
+    """What a capture of a network would cost, and what it would spare: an estimate, from what the network does to one image.
+
+    The frozen part is what no chosen parameter reaches, as in `split`. Operations, numbers written and FLOPs are counted,
+    and no time is measured: the same calls take the same way each time, and predictions repeat to the last bit. A tensor
+    that is written through a view of it counts as frozen.
+
+    Args:
+        net: the network.
+        names: its chosen parameters.
+    """
+
+    def __init__(self, net: nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        self.net, self.chosen = net, [net.get_parameter(name) for name in names]
+
+    def run(self, image: Tensor) -> Tensor:
+        """The scores of one image, counted."""
+        self.operations = self.frozen = 0
+        self.seconds_per_image = 0.0  # of the frozen part
+        self.reached = {id(p): p for p in self.chosen}  # holds the tensors, so that no other gets their number
+        try:
+            with self:
+                return self.net(image)
+        finally:
+            self.reached.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        if any(id(t) in self.reached for t in _tensors((*args, *kwargs.values()) if kwargs else args)):
+            self.reached.update((id(t), t) for t in _tensors((result,)))
+            return result
+        self.frozen += 1
+        if not func.is_view:
+            self.seconds_per_image += ELEMENT * sum(t.numel() for t in _tensors((result,)))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.seconds_per_image += FLOP * formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def pays(self, batches: int, size: int) -> bool:
+        """Whether a capture costs less than the frozen part over so many batches of `size` images."""
+        return batches * (OPERATION * self.frozen + size * self.seconds_per_image) > CAPTURE * self.operations
+
+
+def _tensors(values: Iterable) -> list[Tensor]:
+    """The tensors among an operation's arguments or results, those in lists too."""
+    flat = chain.from_iterable(value if isinstance(value, (list, tuple)) else (value,) for value in values)
+    return [value for value in flat if isinstance(value, Tensor)]
 
 
 def fast_layout(net: nn.Module, image: Tensor) -> torch.memory_format:
     """Channels last, in which convolutions run 1.3 (ResNet-18) to 1.4 times (ResNet-50) as fast on a CPU, with the network
     converted to it; unless the network insists on contiguous tensors (`view`), or has parameters that know no such layout."""
+    return _fast_layout(net, image, net)[0]
+
+
+def _fast_layout(net: nn.Module, image: Tensor, run: Callable[[Tensor], Tensor]) -> tuple[torch.memory_format, Tensor]:
+    """The layout, and the scores of the image that `run` of the network gives in it."""
     if image.ndim != 4:
-        return torch.contiguous_format
+        return torch.contiguous_format, run(image)
     try:
         net.to(memory_format=torch.channels_last)
-        net(image.contiguous(memory_format=torch.channels_last))
-        return torch.channels_last
+        return torch.channels_last, run(image.contiguous(memory_format=torch.channels_last))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         net.to(memory_format=torch.contiguous_format)
-        return torch.contiguous_format
+        return torch.contiguous_format, run(image)
+
+
+@torch.no_grad()
+def try_one_image(
+    net: nn.Module, x: Tensor, first: Callable[[], Tensor], count: Count | None
+) -> tuple[torch.memory_format, int]:
+    """Refuse a network and images that do not go together; returns the layout to work in and the number of classes."""
+    shape = list(x.shape[1:])
+    try:
+        image = first()
+        shape = list(image.shape[1:])
+        layout, scores = _fast_layout(net, image, count.run if count else net)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
+    got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if isinstance(got, str) or len(got) != 2:
+        raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")
+    return layout, got[1]
 
 
 def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[str, ...]):

@@ -3,7 +3,8 @@
 Only a few parameters differ between the vectors, so most of the network computes the same numbers for each of them.
 The network is captured as a graph and cut in two: the frozen part, which depends on no chosen parameter and runs once
 per batch of images, and the rest, which runs once per vector. Images are the outer loop and vectors the inner one, so
-memory is bounded by the batch and not by the number of vectors or images.
+memory is bounded by the batch and not by the number of vectors or images. Few vectors of a small network run whole: a
+capture takes longer than they do (`capture.Count`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pdiff_lib import networks
 from pdiff_lib.base import training
 from pdiff_lib.base.kept import Kept, drop
 from pdiff_lib.base.vectors import vectors as as_vectors
-from pdiff_lib.networks.capture import Split, fast_layout, split, whole
+from pdiff_lib.networks.capture import Count, Split, split, try_one_image, whole
 from pdiff_lib.networks.subset import Subset, tensors_of
 from pdiff_lib.tasks import task
 
@@ -30,10 +31,11 @@ NO_CLASS = -1  # what scores that are not finite say
 
 class Evaluator:
     """Predictions over the same images, for as many parameter vectors and calls as there are: the network is captured once
-    (0.2 to 1 s), and what is frozen is computed once, as long as it fits into `keep`.
+    that pays, and what is frozen is computed once, as long as it fits into `keep`.
 
-    One vector alone is not worth a capture: it runs the whole network, unless a capture is there already. A network that
-    cannot be captured runs whole for every vector, with a warning that says why. Where a device's memory does not suffice, it
+    On the CPU a capture pays when it costs less than what it would have spared all calls so far (`capture.Count`); elsewhere
+    from the second vector on. Until then each vector runs the whole network. So does each vector of a network that cannot
+    be captured, with a warning that says why. Where a device's memory does not suffice, it
     goes on with fewer vectors at once, then with fewer images. The network works on a copy, in eval mode and with its own
     running statistics; `net` itself is not touched, and later changes to it are not seen.
 
@@ -68,9 +70,9 @@ class Evaluator:
         self.vectors_at_once = vectors_at_once or (VMAP_ON_CUDA if device.type == "cuda" else 1)
         self.part: Split | None = None
         self.kept = Kept(device, keep)
-        with torch.no_grad():
-            image, self.classes = _try_one_image(self.net, x, lambda: self._images(0, 1))
-            self.layout = fast_layout(self.net, image)
+        self.count = Count(self.net, sub.names) if device.type == "cpu" else None
+        self.spared = 0 if keep == 0 else -1  # runs of the frozen part that a capture would have spared all calls: but one
+        self.layout, self.classes = try_one_image(self.net, x, lambda: self._images(0, 1), self.count)
 
     def _images(self, start: int, size: int, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         batch = self.x[start:start + size]
@@ -101,6 +103,7 @@ class Evaluator:
             ValueError: vectors of another length, or with NaN or infinity.
         """
         theta = as_vectors(theta, self.sub.numel, device=self.device).to(self.net.get_parameter(self.sub.names[0]).dtype)
+        self.spared += len(theta) - (self.kept.limit == 0)  # and but one in each call where nothing is kept
         with training.precision(self.device):
             while True:
                 try:
@@ -130,10 +133,19 @@ class Evaluator:
             torch.cuda.empty_cache()
         return True
 
+    def _pays(self) -> bool:
+        batches = -(-len(self.x) // self.batch)
+        return self.spared > 0 and (self.count is None or self.count.pays(self.spared * batches, self.batch))
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Capture the network now, whether that pays or not."""
+        self.part = _split_or_whole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
+
     def _predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
-        if self.part is None and len(theta) > 1:
-            self.part = _split_or_whole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
-        part = self.part or whole(self.net)
+        if self.part is None and self._pays():
+            self.capture()
+        part = self.part or whole(self.net, self.sub.names)
         chunks = theta.split(self.vectors_at_once if part.captured else 1)
         predictions = torch.empty(len(theta), len(self.x), dtype=torch.int64)
         for start in tqdm(range(0, len(self.x), self.batch), desc="evaluating", unit="batch", leave=False,
@@ -190,9 +202,12 @@ def wrong(
 
 
 def rehearse(net: nn.Module, sub: Subset, shape: tuple[int, int, int], device: torch.device) -> None:
-    """Evaluate two vectors on two images of zeros: what the network does not take is said, or fallen back from, before any long
-    work and not after it. Raises what `predict` raises."""
-    predict(net, sub, sub.flatten(net).expand(2, -1), torch.zeros(2, *shape), device=device)
+    """Evaluate two vectors on two images of zeros, whole and captured: what the network does not take is said, or fallen back
+    from, before any long work and not after it. Raises what `predict` raises."""
+    theta, evaluator = sub.flatten(net).expand(2, -1), Evaluator(net, sub, torch.zeros(2, *shape), device=device, keep=0)
+    evaluator.predict(theta[:1])  # one is never worth a capture
+    evaluator.capture()
+    evaluator.predict(theta)
 
 
 def accuracy(wrong: Bool[Tensor, "M N"]) -> Float[Tensor, "M"]:
@@ -231,7 +246,7 @@ def _split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> 
         raise
     except Exception as error:  # torch.export has no common base for what it cannot capture
         warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({_reason(error)})")
-        return whole(net)
+        return whole(net, names)
 
 
 def _reason(error: Exception) -> str:
@@ -269,20 +284,3 @@ def _check(net: nn.Module, sub: Subset, x: Tensor, device: torch.device, **at_le
     for name, shape in zip(sub.names, sub.shapes):
         if shapes.get(name) != shape:
             raise ValueError(f"{name} of the subset has shape {shape}: {type(net).__name__} has {shapes.get(name)}")
-
-
-def _try_one_image(net: nn.Module, x: Tensor, first: Callable[[], Tensor]) -> tuple[Tensor, int]:
-    """Refuse a network and images that do not go together; returns the image as the net takes it, and the number of classes."""
-    shape = list(x.shape[1:])
-    try:
-        image = first()
-        shape = list(image.shape[1:])
-        scores = net(image)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
-    got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if isinstance(got, str) or len(got) != 2:
-        raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")
-    return image, got[1]

@@ -345,6 +345,8 @@ def test_vectors_takes_all_real_floats(unchecked, given):
 def test_vectors_that_fit_are_not_copied():
     assert subset.vectors(FITS) is FITS and subset.vectors(FITS, device="cpu") is FITS
     assert subset.vectors(FITS, device="cpu").device == FITS.device
+    large = torch.full((2, 3), 3e38)  # finite, though their sum is not
+    assert subset.vectors(large) is large
     row = torch.arange(3.0)
     assert torch.equal(subset.vector(row, 3), row) and subset.vector(row.double().numpy()).dtype == torch.float32
 

@@ -35,6 +35,20 @@ def ours(net, sub, theta, x):
     return torch.stack([part.rest(sub.unflatten(v), boundary) for v in theta]), part, boundary
 
 
+@pytest.fixture
+def captured(monkeypatch):
+    """Capture as soon as anything is spared: networks in tests are too small for it to pay."""
+    monkeypatch.setattr(capture, "CAPTURE", -1)
+
+
+@pytest.fixture(params=["whole", "captured"])
+def way(request):
+    """Both sides of what pays."""
+    if request.param == "captured":
+        request.getfixturevalue("captured")
+    return request.param
+
+
 def mini():
     """A small CNN with batch norm whose running statistics are not the initial ones."""
     torch.manual_seed(0)
@@ -152,7 +166,7 @@ def test_in_place_operations_and_tied_parameters(choice):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("choice", ["last_norms:1", "all", "3.weight"])
-def test_batches_ragged_and_single(batch_size, choice):
+def test_batches_ragged_and_single(batch_size, choice, way):
     net = mini()
     sub = subset.select(net, choice)
     theta, x = vectors(net, sub, 4), images(7, 8)
@@ -165,7 +179,7 @@ def test_batches_ragged_and_single(batch_size, choice):
     (lambda: network("convnext_atto"), "last_norms:2", 32),
     (lambda: network("vit_tiny_patch16_224", img_size=48), "last_norms:2", 48),
 ])
-def test_vmap_equals_the_loop(make, choice, size):
+def test_vmap_equals_the_loop(make, choice, size, captured):
     net = make()
     sub = subset.select(net, choice)
     theta, x = vectors(net, sub, 5), images(3, size)
@@ -179,7 +193,7 @@ def test_vmap_equals_the_loop(make, choice, size):
     assert torch.equal(chunked[sure], evaluate.predict(net, sub, theta, x)[sure]) and sure.any()
 
 
-def test_the_network_is_left_as_it_was():
+def test_the_network_is_left_as_it_was(way):
     net = mini()
     net.train()
     net[4].eval()
@@ -194,7 +208,7 @@ def test_the_network_is_left_as_it_was():
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
 
 
-def test_prepare_turns_uint8_into_what_the_network_takes(capsys):
+def test_prepare_turns_uint8_into_what_the_network_takes(capsys, way):
     net = mini()
     sub = subset.select(net, "last_norms:1")
     theta = vectors(net, sub)
@@ -220,7 +234,7 @@ class Branching(nn.Module):
         return self.head(x.flatten(1)) if x.sum() > 0 else -self.head(x.flatten(1))
 
 
-def test_a_network_that_cannot_be_captured_runs_whole_and_says_so():
+def test_a_network_that_cannot_be_captured_runs_whole_and_says_so(captured):
     net = Branching()
     sub = subset.select(net, "all")
     theta, x = vectors(net, sub, 5), images(4, 2)
@@ -229,7 +243,7 @@ def test_a_network_that_cannot_be_captured_runs_whole_and_says_so():
     assert torch.equal(got, plain(net, sub, theta, x).argmax(-1))
 
 
-def test_one_vector_is_not_worth_a_capture(monkeypatch):
+def test_one_vector_is_not_worth_a_capture(monkeypatch, captured):
     net = mini()
     sub = subset.select(net, "last_norms:1")
     theta, x = vectors(net, sub, 1), images(4, 8)
@@ -237,7 +251,56 @@ def test_one_vector_is_not_worth_a_capture(monkeypatch):
     assert torch.equal(evaluate.predict(net, sub, theta, x), plain(net, sub, theta, x).argmax(-1))
 
 
-def test_capturing_is_silent():
+def captures(monkeypatch):
+    """A list that grows with each capture."""
+    made, real = [], evaluate.split
+    monkeypatch.setattr(evaluate, "split", lambda *a: made.append(1) or real(*a))
+    return made
+
+
+MANY = 600  # vectors on 4 small images: more than a capture of `mini` costs
+
+
+@pytest.mark.parametrize("choice, count, expected", [("last_norms:1", 8, 0), ("last_norms:1", MANY, 1), ("all", MANY, 0)])
+def test_a_capture_is_made_where_it_pays(monkeypatch, choice, count, expected):
+    net, made = mini(), captures(monkeypatch)
+    sub = subset.select(net, choice)
+    theta, x = vectors(net, sub, count), images(4, 8)
+    got = evaluate.predict(net, sub, theta, x)
+    assert len(made) == expected and torch.equal(got, plain(net, sub, theta, x).argmax(-1))
+
+
+def test_an_evaluator_adds_up_what_it_was_asked(monkeypatch):
+    monkeypatch.setattr(capture, "CAPTURE", capture.CAPTURE / 10)
+    net, made, many = mini(), captures(monkeypatch), MANY // 10
+    sub = subset.select(net, "last_norms:1")
+    theta, x = vectors(net, sub, many), images(4, 8)
+    expected = plain(net, sub, theta, x).argmax(-1)
+    evaluator, when = evaluate.Evaluator(net, sub, x), []
+    for start in range(0, many, 5):
+        assert torch.equal(evaluator.predict(theta[start:start + 5]), expected[start:start + 5])
+        when.append(len(made))
+    assert when[0] == 0 and when[-1] == 1
+    alone = evaluate.Evaluator(net, sub, x, keep=0)  # one vector a call and nothing kept: a capture spares nothing, ever
+    for row in theta:
+        alone.predict(row[None])
+    assert len(made) == 1
+
+
+@torch.no_grad()
+def test_what_is_frozen_is_counted():
+    net = mini()  # convolution, norm, ReLU, convolution: 8 maps of 6 x 6 each
+    count = capture.Count(net, subset.select(net, "4.*").names)
+    assert torch.equal(count.run(images(1, 8)), net(images(1, 8)))
+    multiplications, written = 36 * 8 * (3 * 9 + 8 * 9), 4 * 8 * 36
+    assert (count.operations, count.frozen) == (12, 7)  # an empty tensor for each norm, the head transposed
+    assert count.seconds_per_image == pytest.approx(capture.FLOP * 2 * multiplications + capture.ELEMENT * written)
+    everything = capture.Count(net, subset.select(net, "all").names)
+    everything.run(images(1, 8))
+    assert (everything.operations, everything.frozen, everything.seconds_per_image) == (12, 2, 0)  # the empty tensors
+
+
+def test_capturing_is_silent(captured):
     net = mini()
     sub = subset.select(net, "last_norms:1")
     with warnings.catch_warnings():
@@ -319,7 +382,7 @@ def test_a_network_that_insists_on_contiguous_tensors_is_evaluated_in_them():
     assert torch.equal(evaluate.predict(net, sub, theta, x), plain(net, sub, theta, x).argmax(-1))
 
 
-def test_an_evaluator_runs_the_frozen_part_once(monkeypatch):
+def test_an_evaluator_runs_the_frozen_part_once(monkeypatch, captured):
     net = mini()
     sub = subset.select(net, "last_norms:1")
     theta, x = vectors(net, sub, 5), images(7, 8)
@@ -351,13 +414,10 @@ def spoilt(net, sub, value, count=4):
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-@pytest.mark.parametrize("whole", [False, True])
-def test_scores_that_are_not_finite_are_no_class_and_wrong(monkeypatch, at_once, whole):
+def test_scores_that_are_not_finite_are_no_class_and_wrong(at_once, way):
     net = mini()
     sub = subset.select(net, "all")
     theta, x = spoilt(net, sub, 1e30), images(5, 8)
-    if whole:
-        monkeypatch.setattr(evaluate, "split", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match=r"2 of 4 networks give scores that are NaN or infinite, on 10 of 20 images.*network 1\)"):
         got = evaluate.predict(net, sub, theta, x, vectors_at_once=at_once)
     good = plain(net, sub, theta[[0, 2]], x)
@@ -422,7 +482,7 @@ def hungry(monkeypatch, limit: int) -> list[tuple[int, int]]:
     return tried
 
 
-def test_without_memory_it_goes_on_with_less(monkeypatch):
+def test_without_memory_it_goes_on_with_less(monkeypatch, captured):
     net = mini()
     sub = subset.select(net, "last_norms:1")
     theta, x = vectors(net, sub, 8), images(8, 8)
@@ -441,7 +501,7 @@ def test_without_memory_it_goes_on_with_less(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["forward", "capture"])
-def test_out_of_memory_is_no_fault_of_the_network(monkeypatch, where):
+def test_out_of_memory_is_no_fault_of_the_network(monkeypatch, where, captured):
     net = mini()
     sub = subset.select(net, "all")
     theta, x = vectors(net, sub), images(3, 8)
@@ -459,7 +519,7 @@ def test_out_of_memory_is_no_fault_of_the_network(monkeypatch, where):
             evaluate.predict(net, sub, theta, x, batch_size=1)
 
 
-def test_what_is_kept_has_one_budget_per_process(monkeypatch):
+def test_what_is_kept_has_one_budget_per_process(monkeypatch, captured):
     net = mini()
     sub = subset.select(net, "last_norms:1")
     theta, x, cpu = vectors(net, sub), images(7, 8), torch.device("cpu")
@@ -506,7 +566,7 @@ def weight_normed(kind):
 @pytest.mark.parametrize("make", [FiveAxes, lambda: weight_normed(torch.nn.utils.weight_norm),
                                   lambda: weight_normed(torch.nn.utils.parametrizations.weight_norm),
                                   lambda: weight_normed(torch.nn.utils.parametrizations.spectral_norm)])
-def test_unusual_networks_are_evaluated_like_any_other(make):
+def test_unusual_networks_are_evaluated_like_any_other(make, way):
     net = make().eval()
     sub = subset.select(net, "all")
     theta, x = vectors(net, sub), images(5, 8)
@@ -528,7 +588,7 @@ class Random(nn.Module):
         return scores + 0 * torch.rand_like(scores)
 
 
-def test_a_network_that_takes_one_vector_at_a_time_gets_one(recwarn):
+def test_a_network_that_takes_one_vector_at_a_time_gets_one(recwarn, captured):
     net = Random().eval()
     sub = subset.select(net, "all")
     theta, x = vectors(net, sub, 5), images(4, 2)
