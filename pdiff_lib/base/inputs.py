@@ -89,6 +89,8 @@ def _places(setting: str, text: str, base: Path) -> list[Path]:
         return own.places(text, base)
     if setting in recipe.names():
         return [base / text] * (setting == "weights" and text != "")
+    if own.is_name(text):
+        return own.places(text, base)
     # The tables that notebooks show are meant from the project. A "." or "/" is no path, and what lies around the working
     # folder is no input.
     places = [base / text, *([PROJECT / text] if (PROJECT / "pyproject.toml").is_file() else [])]

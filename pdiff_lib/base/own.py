@@ -56,6 +56,23 @@ def load(name: str) -> Any:
     return getattr(found, attribute)
 
 
+def build(name: str, **sizes: int) -> Any:
+    """The network that a function of one's own makes for these sizes.
+
+    Raises:
+        ValueError: what `load` refuses, or the function failed.
+    """
+    try:
+        function = load(name)
+    except ValueError as error:
+        raise ValueError(f"network {error}") from error
+    try:
+        return function(**sizes)
+    except Exception as error:  # its code is not ours: anything may go wrong
+        wanted = ", ".join(f"{size} = {n}" for size, n in sizes.items())
+        raise ValueError(f"network {name!r} cannot be built with {wanted} ({type(error).__name__}: {error})") from error
+
+
 def modules(name: str) -> list[ModuleType]:
     """The module of a name, and those beside it that it takes things from: its code, for the keys of stages."""
     load(name)

@@ -206,15 +206,7 @@ def _create_small(name: str, num_classes: int, in_chans: int, image_size: int | 
 def _create_own(name: str, num_classes: int, in_chans: int, image_size: int | None, pretrained: bool) -> nn.Module:
     if pretrained:
         raise ValueError(f"pretrained = True: there are no published weights of {name}; expected False, and weights or checkpoints")
-    try:
-        build = own.load(name)
-    except ValueError as error:
-        raise ValueError(f"network {error}") from error
-    try:
-        net = build(num_classes=num_classes, in_chans=in_chans)
-    except Exception as error:  # the user's code
-        raise ValueError(f"network {name!r} cannot be built with num_classes = {num_classes}, in_chans = {in_chans} "
-                         f"({type(error).__name__}: {error})") from error
+    net = own.build(name, num_classes=num_classes, in_chans=in_chans)
     if not isinstance(net, nn.Module) or not any(True for _ in net.parameters()):
         raise ValueError(f"network {name!r} gave a {type(net).__name__}: expected a torch.nn.Module with parameters")
     if image_size:

@@ -12,9 +12,9 @@ import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pdiff_lib.base import recipe, training
+from pdiff_lib.base import own, recipe, training
 from pdiff_lib.base.score import Score
-from pdiff_lib.tasks.task import Judged, Task, load
+from pdiff_lib.tasks.task import Judged, Task
 
 DIABETES_TEST = 142  # of its 442 rows
 
@@ -55,8 +55,8 @@ class Regression(Task):
             raise ValueError(f"pretrained = {base.pretrained} and weights = {base.weights!r}: expected False and '' with task 'regression'")
         sizes = {"in_features": self.x_train.shape[1], "out_features": 1}
         with training.seeded(base.seed):
-            if ":" in base.network:
-                return _own(base.network, **sizes)
+            if own.is_name(base.network):
+                return own.build(base.network, **sizes)
             kind, *hidden = base.network.split("-")
             if kind != "mlp" or not hidden or not all(h.isdigit() and int(h) for h in hidden):
                 raise ValueError(f"network {base.network!r}: expected 'mlp-32-32', say, or package.module:function with task 'regression'")
@@ -76,15 +76,6 @@ class Regression(Task):
         error, y = error[:, items], y[items]
         score = 1 - error.square().sum(dim=1) / (y - y.mean()).square().sum()
         return Judged(score.where(torch.isfinite(score), torch.nan), ~(error <= typical))
-
-
-def _own(name: str, in_features: int, out_features: int) -> nn.Module:
-    build = load(name, "network")
-    try:
-        return build(in_features=in_features, out_features=out_features)
-    except Exception as error:  # the user's code
-        raise ValueError(f"network {name!r} cannot be built with in_features = {in_features}, out_features = {out_features} "
-                         f"({type(error).__name__}: {error})") from error
 
 
 def _tables(dataset: str) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pdiff_lib.base import recipe, training, vectors
+from pdiff_lib.base import own, recipe, training, vectors
 from pdiff_lib.base.runs import tensor_digest
 from pdiff_lib.base.score import Score
 from pdiff_lib.networks.modes import evaluating
@@ -95,12 +95,18 @@ class Task(ABC):
     @property
     def code(self) -> tuple[Any, ...]:
         """What the result of a training depends on, beside `training_digest`: functions, classes or modules."""
-        return type(self), Task.batches, Task.loss, order, training
+        return self._source, Task.batches, Task.loss, order, training
+
+    @property
+    def _source(self) -> Any:
+        """The task's module; of one that is typed into a notebook, its class."""
+        module = sys.modules[type(self).__module__]
+        return module if hasattr(module, "__file__") else type(self)
 
     @property
     def judging(self) -> tuple[Any, ...]:
         """What `predictor` computes with, likewise."""
-        return type(self), predict, Task.predictor
+        return self._source, predict, Task.predictor
 
     @cached_property
     def training_digest(self) -> str:
@@ -207,26 +213,15 @@ def of(data: recipe.Data) -> Task:
         ValueError: a name that is neither known nor `package.module:Class` of a `Task`, or what the task refuses.
     """
     place = TASKS.get(data.task, data.task)
-    if ":" not in place:
+    if not own.is_name(place):
         raise ValueError(f"{recipe.unknown('task', data.task, TASKS)}, or package.module:Class")
-    found = load(place, "task")
+    try:
+        found = own.load(place)
+    except ValueError as error:
+        raise ValueError(f"task {error}") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ValueError(f"task {data.task!r} is {found!r}: expected a class derived from pdiff_lib.tasks.task.Task")
     return found(data)
-
-
-def load(place: str, what: str) -> Any:
-    """What `package.module:name` means.
-
-    Raises:
-        ValueError: no such module, or nothing of that name in it.
-    """
-    module, _, name = place.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{what} {place!r}: {error}; expected package.module:name, with the module beside the notebook or "
-                         "installed") from error
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """plots.py: every figure shows the numbers it was given, where it says."""
 
 import math
-import sys
 
 import numpy as np
 import pandas as pd

@@ -6,6 +6,7 @@ import sys
 
 import psutil
 import pytest
+
 from browser import CHROMIUM
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")

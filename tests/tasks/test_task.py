@@ -105,7 +105,7 @@ def test_tables_of_ones_own_come_from_parquet(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"task": "regresion"}, "did you mean 'regression'"),
-    ({"task": "no_such_module:Task"}, "no_such_module"),
+    ({"task": "no_such_module:Task"}, "task 'no_such_module:Task': module no_such_module cannot be imported"),
     ({"task": "pathlib:Path"}, "expected a class derived from"),
     ({"dataset": "cifar10"}, "expected 'diabetes' or TRAIN.parquet"),
     ({"network": "resnet18"}, "expected 'mlp-32-32'"),
