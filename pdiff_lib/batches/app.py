@@ -15,8 +15,8 @@ import nbformat
 
 from pdiff_lib.base import runs
 
-# A browser takes nothing from another host, and sends nothing there. Voila's templates name two style sheets of Font Awesome on a
-# CDN, and bring the same icons with them; the widgets and plotly write code and styles into the page.
+# A browser loads nothing from another host. Voila's templates name two style sheets of Font Awesome on a CDN, and bring the
+# same icons with them; widgets and plotly write code and styles into the page.
 HEADERS = {"Content-Security-Policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"}
 
 

@@ -102,8 +102,8 @@ def serve(file: Files = [], parameter: Parameters = [],
           host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
           port: Annotated[int, typer.Option(help="0: any free one")] = 8866,
           browser: Annotated[bool, typer.Option(help="open it")] = True,
-          token: Annotated[str, typer.Option(help="asked of every visitor; by default a new one, printed with the address. One of your "
-                                                  "own is better in $PDIFF_TOKEN, where no list of processes shows it")] = ""):
+          token: Annotated[str, typer.Option(help="asked of every visitor; by default a new one, printed with the address. "
+                                                  "Your own is better in $PDIFF_TOKEN, where no list of processes shows it")] = ""):
     """Serve the explorers as a web page (Voila), which needs no network."""
     from pdiff_lib.batches import app as page
 

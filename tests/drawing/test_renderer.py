@@ -30,7 +30,8 @@ DRAW = START + """
 for name in ("one.svg", "two.svg", "three.png"):
     draw(name)
     print(json.dumps(browsers()))
-worker = multiprocessing.get_context("fork").Process(target=lambda: (draw("of-a-fork.svg"), print(json.dumps(browsers()), flush=True)))
+fork = multiprocessing.get_context("fork")
+worker = fork.Process(target=lambda: (draw("of-a-fork.svg"), print(json.dumps(browsers()), flush=True)))
 worker.start()
 worker.join(60)
 print(worker.exitcode)
