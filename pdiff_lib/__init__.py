@@ -37,13 +37,17 @@ class _Face(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         package, _, short = name.rpartition(".")
         if package == __name__ and short in FACE:
-            return importlib.util.spec_from_loader(name, self)
+            return importlib.util.spec_from_loader(name, self, origin=importlib.util.find_spec(FACE[short]).origin)
         return None
 
     def create_module(self, spec):
         module = importlib.import_module(FACE[spec.name.rpartition(".")[2]])
         spec.loader_state = module.__spec__
         return module
+
+    def get_code(self, name):  # for `python -m pdiff_lib.cli`
+        full = FACE[name.rpartition(".")[2]]
+        return importlib.util.find_spec(full).loader.get_code(full)
 
     def exec_module(self, module):
         module.__spec__ = module.__spec__.loader_state  # it stays what it was

@@ -97,6 +97,11 @@ def test_short_names_are_the_modules_themselves():
         importlib.import_module("pdiff_lib.nothing")
 
 
+def test_a_short_name_runs_as_a_program():
+    command = [sys.executable, "-m", "pdiff_lib.cli", "data"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("digits")
+
+
 def test_the_face_is_what_it_was():
     """Functions, classes, methods and the names of their arguments in the flat library that came before the wings, as the
     README, the notebooks and users call them: all are there under the same short names (`None`: an attribute)."""
