@@ -183,6 +183,7 @@ def test_a_parameters_cell_that_papermill_would_make_something_else_of_is_refuse
                          [b"", b"{", b"[]", b"3", b"\xff\xfe", b"{}",
                           b'{"cells": 3, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
                           b'{"cells": [{"cell_type": "code"}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
+                          b'{"cells": [], "metadata": 3, "nbformat": 4, "nbformat_minor": 5}',
                           b'{"nbformat": 9}'])
 def test_a_file_that_is_no_notebook_is_named(tmp_path, content):
     (tmp_path / "x.ipynb").write_bytes(content)
@@ -196,5 +197,5 @@ def test_a_notebook_that_is_broken_after_its_parameters_is_not_planned(tmp_path)
     content = json.loads(path.read_text())
     content["cells"].append({"cell_type": "code", "source": "", "metadata": {}, "outputs": 3, "execution_count": None, "id": "a"})
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="own.ipynb is not a notebook .*outputs"):
+    with pytest.raises(ValueError, match="own.ipynb is not a notebook"):
         jobs.plan(path, {})
