@@ -45,6 +45,7 @@ def test_there_are_notebooks():
 def test_parameters_come_first_and_each_means_something(path):
     cells = code_cells(path)
     assert [i for i, c in enumerate(cells) if "parameters" in tags(c)] == [0]
+    assert jobs.code(path) == [c.source for c in cells]  # read without nbformat: what names a run's folder is the same
     values = jobs.defaults(path)  # refuses what is not `name = literal`
     assert jobs.check(path, {}) == values  # the defaults are in range and written as the recipe would
     used = {

@@ -16,24 +16,20 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pdiff_lib.base import storage
-from pdiff_lib.base.records import (
-    Run as Run,  # what a notebook needs is here
-    digest,
-    environment,
-)
-from pdiff_lib.base.storage import root, write_text as write_text
+from pdiff_lib.base.provenance import Run as Run, environment  # what a notebook needs is here
+from pdiff_lib.base.records import digest
+from pdiff_lib.base.storage import root, waiting, write_text as write_text
 
 CHECKPOINT_SECONDS = 30.0  # a kill loses less than a minute of a training loop
 QUICK = 1.5  # seconds of a save; one that takes longer, as ViT-B's, comes less often: a twentieth of the time at most
@@ -242,12 +238,3 @@ class Store:
     def _count(self, name: str, identity: str, seconds: float) -> None:
         self._seconds[name, identity] = seconds
         self._uses.append(seconds)
-
-
-def waiting(lock: FileLock, what: str) -> AbstractContextManager:
-    """The acquired lock; says so when another process holds it. A lock ends with its process, also when that is killed."""
-    try:
-        return lock.acquire(timeout=0.1)
-    except Timeout:
-        print(f"another process is at work on the {what}: waiting for it")
-        return lock.acquire()

@@ -11,9 +11,10 @@ import os
 import posixpath
 import uuid
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import fsspec
+from filelock import FileLock, Timeout
 
 PROJECT = Path(__file__).resolve().parents[2]  # the checkout, where the package is not installed alone
 
@@ -32,6 +33,15 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def waiting(lock: FileLock, what: str) -> AbstractContextManager:
+    """The acquired lock; says so when another process holds it. A lock ends with its process, also when that is killed."""
+    try:
+        return lock.acquire(timeout=0.1)
+    except Timeout:
+        print(f"another process is at work on the {what}: waiting for it")
+        return lock.acquire()
+
+
 def check(url: str) -> None:
     """Refuse a storage that cannot be written, before any work.
 
@@ -39,13 +49,19 @@ def check(url: str) -> None:
         ValueError: an unknown protocol, a package that it needs and is not installed, no permission, ...
     """
     try:
-        system, base = fsspec.core.url_to_fs(url)
+        system, base = _file_system(url)
         system.makedirs(base, exist_ok=True)
         probe = posixpath.join(base, f".{uuid.uuid4().hex}")
         system.pipe_file(probe, b"")
         system.rm_file(probe)
     except Exception as e:  # each protocol has errors of its own
         raise ValueError(f"storage {url!r} cannot be written ({type(e).__name__}: {e}): expected a folder or an fsspec URL") from e
+
+
+def _file_system(url: str):
+    import fsspec  # a quarter of a second that is nothing without a storage
+
+    return fsspec.core.url_to_fs(url)
 
 
 def fetch(path: Path) -> bool:
@@ -77,7 +93,7 @@ def _quietly(work, *paths) -> object:
     if not url:
         return None
     try:
-        system, base = fsspec.core.url_to_fs(url)
+        system, base = _file_system(url)
         return work(system, base, *paths)
     except Exception as e:  # each protocol has errors of its own
         warnings.warn(f"storage {url}: {type(e).__name__}: {e}; going on with what is on this machine", stacklevel=3)

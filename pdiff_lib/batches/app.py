@@ -13,7 +13,8 @@ from typing import Any
 
 import nbformat
 
-from pdiff_lib.base import runs
+from pdiff_lib.base.records import digest
+from pdiff_lib.base.storage import root, write_text
 
 # A browser loads nothing from another host. Voila's templates name two style sheets of Font Awesome on a CDN, and bring the
 # same icons with them; widgets and plotly write code and styles into the page.
@@ -37,9 +38,9 @@ def page(notebook: Path, parameters: Mapping[str, Any]) -> Path:
     # A kernel starts in its notebook's folder; paths among the parameters are meant from here.
     copy.cells.insert(0, nbformat.v4.new_code_cell(f"import os\n\nos.chdir({str(Path.cwd())!r})"))
     copy.metadata.pop("papermill", None)
-    path = runs.root() / "app" / f"{notebook.stem}-{runs.digest(dict(parameters))}.ipynb"
+    path = root() / "app" / f"{notebook.stem}-{digest(dict(parameters))}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return runs.write_text(path, nbformat.writes(copy))
+    return write_text(path, nbformat.writes(copy))
 
 
 def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1", port: int = 8866,

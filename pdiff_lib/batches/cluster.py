@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pdiff_lib.base import inputs, runs
+from pdiff_lib.base import inputs, storage
 from pdiff_lib.batches import jobs
 
 RETRIES = 3  # when a worker or a node dies
@@ -35,7 +35,7 @@ def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float, force: 
         raise ValueError("--ray needs Ray: pip install 'pdiff-lib[cluster]'") from e
     own = {k: os.environ[k] for k in ("PDIFF_STORAGE", "PDIFF_DATA", "PDIFF_RUNS") if k in os.environ}
     if "PDIFF_STORAGE" not in own:
-        own["PDIFF_RUNS"] = str(runs.root().resolve())  # without a storage, a folder that all nodes see
+        own["PDIFF_RUNS"] = str(storage.root().resolve())  # without a storage, a folder that all nodes see
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():

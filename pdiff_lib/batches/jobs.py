@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import logging
 import os
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nbformat
 from filelock import FileLock
 
-from pdiff_lib.base import inputs, parameters, recipe, runs, storage
+from pdiff_lib.base import inputs, parameters, recipe, storage
+from pdiff_lib.base.records import digest
+from pdiff_lib.base.storage import root, waiting, write_text
+from pdiff_lib.batches import cells
+from pdiff_lib.batches.cells import code as code, defaults as defaults
 
 NOTEBOOKS = storage.PROJECT / "notebooks"
 
@@ -66,28 +68,6 @@ def find(notebook: str) -> Path:
     return hits[0]
 
 
-def defaults(notebook: Path) -> dict[str, Any]:
-    """Names and values in the cell tagged `parameters`.
-
-    Raises:
-        ValueError: no such cell, or something in it that is not `name = literal`; not a notebook.
-    """
-    for cell in _read(notebook).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            values, line = {}, 1
-            try:
-                for node in ast.parse(cell.source).body:
-                    line = node.lineno
-                    name = node.targets[0].id
-                    values[name] = parameters.plain(name, ast.literal_eval(node.value))
-            except (AttributeError, ValueError, SyntaxError) as e:
-                why = f" ({e})" if isinstance(e, ValueError) and str(e).startswith(f"{name} is") else ""
-                raise ValueError(f"{notebook.name}, parameters cell, line {getattr(e, 'lineno', None) or line}: expected "
-                                 f"'name = literal'{why}") from e
-            return values
-    raise ValueError(f"{notebook.name} has no cell tagged 'parameters'")
-
-
 def check(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of a run: the notebook's own, with the given ones in their place.
 
@@ -130,35 +110,16 @@ def plan(notebook: Path, given: Mapping[str, Any], base: Path | None = None, kno
         known: digests by path, for many runs planned at once; filled.
     """
     notebook, base, known = Path(os.path.abspath(notebook)), (base or Path.cwd()).absolute(), {} if known is None else known
-    values, sources = check(notebook, given), code(notebook)
+    values, sources = check(notebook, given), code(cells.check(notebook))
     made_of = inputs.of(values, base, known) | inputs.modules(sources, base, known)
-    name = runs.digest([values, sources, _library(), inputs.digests(made_of)])
-    return Job(notebook, values, runs.root() / notebook.stem / name, base, made_of)
-
-
-def code(notebook: Path) -> list[str]:
-    """The sources of a notebook's code cells."""
-    return [c.source for c in _read(notebook).cells if c.cell_type == "code"]
-
-
-def _read(notebook: Path) -> nbformat.NotebookNode:
-    return _parse(notebook.resolve(), notebook.stat().st_mtime_ns)
-
-
-@lru_cache(4)  # a grid of hundreds of runs plans one notebook hundreds of times
-def _parse(notebook: Path, _version: int) -> nbformat.NotebookNode:
-    try:
-        read = nbformat.read(notebook, as_version=4)
-        nbformat.validate(read)
-        return read
-    except Exception as e:  # each way of not being a notebook has an error of its own
-        raise ValueError(f"{notebook} is not a notebook ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
+    name = digest([values, sources, _library(), inputs.digests(made_of)])
+    return Job(notebook, values, root() / notebook.stem / name, base, made_of)
 
 
 @cache
 def _library() -> str:
     """All that the package computes with and compares to."""
-    return runs.digest([p.read_text() for p in sorted(Path(__file__).parents[1].rglob("*")) if p.suffix in (".py", ".csv")])
+    return digest([p.read_text() for p in sorted(Path(__file__).parents[1].rglob("*")) if p.suffix in (".py", ".csv")])
 
 
 def execute(job: Job, force: bool = False, progress: bool | dict[str, Any] = True) -> Path:
@@ -179,7 +140,7 @@ def execute(job: Job, force: bool = False, progress: bool | dict[str, Any] = Tru
         OSError: the disk is full, say.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    with runs.waiting(FileLock(job.folder.with_suffix(".lock")), f"run {job.folder.name}"):
+    with waiting(FileLock(job.folder.with_suffix(".lock")), f"run {job.folder.name}"):
         if not force and complete(job):
             return job.done
         _unchanged(job, "after the run was planned")
@@ -189,14 +150,12 @@ def execute(job: Job, force: bool = False, progress: bool | dict[str, Any] = Tru
                              "made with the code that is there then")
         for old in (job.done, *job.folder.glob(".*")):  # of a run that another takes the place of, or left by a kill
             old.unlink(missing_ok=True)
-        runs.write_text(job.folder / "parameters.yaml", parameters.dump(job.values))
+        write_text(job.folder / "parameters.yaml", parameters.dump(job.values))
         if job.inputs:
-            runs.write_text(job.folder / "inputs.yaml", parameters.dump(job.inputs))
+            write_text(job.folder / "inputs.yaml", parameters.dump(job.inputs))
         _papermill(job, progress)
         _unchanged(job, "while the run was at work")
-        executed = nbformat.read(job.unfinished, as_version=4)
-        executed.metadata.pop("widgets", None)  # megabytes of state of progress bars that are over
-        runs.write_text(job.done, nbformat.writes(executed))
+        write_text(job.done, cells.without_widgets(job.unfinished))
         job.unfinished.unlink()
         storage.push(*(p for p in sorted(job.folder.iterdir()) if p != job.done), job.done)  # what says "complete" last
     return job.done
@@ -282,16 +241,4 @@ def changed(job: Job) -> str:
 
 def record(job: Job) -> None:
     """Put the outputs of a run at the notebook's own parameters into the notebook, without papermill's traces."""
-    executed, original = nbformat.read(job.done, as_version=4), nbformat.read(job.notebook, as_version=4)
-    outputs = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    count = 0
-    for cell, ran in zip(original.cells, outputs, strict=True):
-        if cell.cell_type == "code":
-            count += 1
-            shown = [o for o in ran.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})
-                     and o.get("name") != "stderr"]
-            for o in shown:
-                if o.output_type == "execute_result":
-                    o.execution_count = count
-            cell.outputs, cell.execution_count = shown, count
-    nbformat.write(original, job.notebook)
+    cells.keep_outputs(job.done, job.notebook)

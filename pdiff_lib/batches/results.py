@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from pdiff_lib.base import parameters, recipe, runs, score as scores, storage
-from pdiff_lib.base.records import dumps, loads
+from pdiff_lib.base import parameters, recipe, score as scores, storage
+from pdiff_lib.base.records import digest, dumps, loads
 from pdiff_lib.base.storage import PROJECT
 from pdiff_lib.batches import jobs, sweep
 
@@ -32,11 +32,11 @@ def collect(grid: sweep.Sweep) -> pd.DataFrame:
     for file in folder.glob("*/record.json"):
         record, given = loads(file.read_text()), file.with_name("parameters.yaml")
         known = next((job.values for job in grid.jobs if job.folder.name == file.parent.name), None)  # by plain papermill
-        values = runs.digest(known or (parameters.load(given) if given.is_file() else {}))
+        values = digest(known or (parameters.load(given) if given.is_file() else {}))
         found.setdefault(values, []).append((record["created"], file.parent, record))
     parts, missing, other = [], [], 0
     for job in grid.jobs:
-        own = [f for f in found.get(runs.digest(job.values), []) if jobs.fits(job, f[1])]
+        own = [f for f in found.get(digest(job.values), []) if jobs.fits(job, f[1])]
         if not own:
             missing.append(grid.label(job))
             continue
@@ -87,13 +87,13 @@ def records(notebook: str = "") -> list[dict[str, Any]]:
             s = content["settings"]
             parts = (s.get("network"), recipe.short(s.get("dataset", "")), f"{s['image_size']} px" if "image_size" in s else None)
             scale = content["numbers"].get("scale") or ", ".join(p for p in parts if p)
-            same = runs.digest(json.loads(dumps({"settings": s, "numbers": content["numbers"]})))
+            same = digest(json.loads(dumps({"settings": s, "numbers": content["numbers"]})))
             found.setdefault((content["notebook"], same), {**content, "where": str(file), "scale": scale})
     return list(found.values())
 
 
 def _files() -> list[Path]:
-    return [*PROJECT.glob("figures/*-record.json"), *runs.root().glob("*/*/record.json")]
+    return [*PROJECT.glob("figures/*-record.json"), *storage.root().glob("*/*/record.json")]
 
 
 def newer(job: jobs.Job) -> int:

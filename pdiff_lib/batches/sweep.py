@@ -16,10 +16,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm.auto import tqdm
 
-from pdiff_lib.base import parameters, recipe, runs, storage
+from pdiff_lib.base import parameters, recipe, storage
 from pdiff_lib.base.known import root_of
 from pdiff_lib.batches import cluster, jobs
 
@@ -45,7 +44,7 @@ class Sweep:
     @property
     def folder(self) -> Path:
         """Where its tables land."""
-        return runs.root() / "sweeps"
+        return storage.root() / "sweeps"
 
     def label(self, job: jobs.Job) -> str:
         """A run by what makes it different: "k_checkpoints=10 seed=0"."""
@@ -211,6 +210,8 @@ def _here(sweep: Sweep, todo: Sequence[jobs.Job], workers: int, gpu_share: int, 
 
 def _devices() -> list[str]:
     """The GPUs that runs may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch  # seconds that neither a dry run nor the processes of the runs need
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return visible.split(",")[:count] if visible else [str(i) for i in range(count)]

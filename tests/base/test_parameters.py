@@ -183,8 +183,19 @@ def test_a_parameters_cell_that_papermill_would_make_something_else_of_is_refuse
                          [b"", b"{", b"[]", b"3", b"\xff\xfe", b"{}",
                           b'{"cells": 3, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
                           b'{"cells": [{"cell_type": "code"}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
+                          b'{"cells": [], "metadata": 3, "nbformat": 4, "nbformat_minor": 5}',
                           b'{"nbformat": 9}'])
 def test_a_file_that_is_no_notebook_is_named(tmp_path, content):
     (tmp_path / "x.ipynb").write_bytes(content)
-    with pytest.raises(ValueError, match="x.ipynb is not a notebook"):
-        jobs.plan(tmp_path / "x.ipynb", {})
+    for read in (jobs.defaults, lambda path: jobs.plan(path, {})):
+        with pytest.raises(ValueError, match="x.ipynb is not a notebook"):
+            read(tmp_path / "x.ipynb")
+
+
+def test_a_notebook_that_is_broken_after_its_parameters_is_not_planned(tmp_path):
+    path = own(tmp_path, "x = 1")
+    content = json.loads(path.read_text())
+    content["cells"].append({"cell_type": "code", "source": "", "metadata": {}, "outputs": 3, "execution_count": None, "id": "a"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="own.ipynb is not a notebook"):
+        jobs.plan(path, {})

@@ -86,12 +86,12 @@ def test_the_device_is_the_one_that_was_used(home, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     cpu = f"CPU, {torch.get_num_threads()} threads"
-    assert records.environment()["device"] == cpu == records.environment("cpu")["device"]  # beside a GPU, which is not touched
+    assert runs.environment()["device"] == cpu == runs.environment("cpu")["device"]  # beside a GPU, which is not touched
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {torch.device(device).index or 0}")
-    assert records.environment("cuda:1")["device"] == "GPU 1"
+    assert runs.environment("cuda:1")["device"] == "GPU 1"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert records.environment()["device"] == "GPU 0" and records.environment(torch.device("cpu"))["device"] == cpu
+    assert runs.environment()["device"] == "GPU 0" and runs.environment(torch.device("cpu"))["device"] == cpu
     devices = [json.loads(path.read_text())["device"] for path in (
         runs.Run("x", {"a": 1}, "cpu").record({}), runs.Run("x", {"a": 2}, device="cuda:1").record({}),
         runs.Run("x", {"a": 3}, "cuda:1").record({}, device="cpu"))]
@@ -101,7 +101,7 @@ def test_the_device_is_the_one_that_was_used(home, monkeypatch):
         (path,) = (home / told).glob("*.safetensors")
         assert runs.read(path)[1]["device"] == told
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert records.environment("cuda:1")["device"] == "cuda:1"  # a device that is only pretended
+    assert runs.environment("cuda:1")["device"] == "cuda:1"  # a device that is only pretended
 
 
 def git(*arguments: str, cwd: Path = HERE) -> str:

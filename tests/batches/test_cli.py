@@ -71,6 +71,13 @@ def test_defaults_are_those_of_the_cell(tiny):
     }
 
 
+def test_a_notebook_of_an_older_format_says_the_same(tiny):
+    old = tiny.with_name("old.ipynb")
+    old.write_text(json.dumps(nbformat.convert(nbformat.read(tiny, as_version=4), 3)))
+    assert "cells" not in json.loads(old.read_text())  # format 3 has them elsewhere
+    assert jobs.defaults(old) == jobs.defaults(tiny) and jobs.code(old) == jobs.code(tiny) != []
+
+
 @pytest.mark.parametrize(
     "source, message",
     [("k = 1\nx = 2 * 3", "line 2: expected 'name = literal'"), ("import os", "line 1"), ("a.b = 1", "line 1")],
@@ -172,6 +179,25 @@ def test_the_command_itself_says_what_is_wrong_in_one_line(tmp_path, args, messa
     done = pdiff(tmp_path, *args)
     assert done.returncode != 0 and done.stdout == "" and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+HEAVY = {"torch", "torchvision", "timm", "plotly", "pandas", "numpy", "pyarrow", "nbformat", "papermill", "fsspec", "psutil"}
+
+
+@pytest.mark.parametrize(
+    "args, code, says",
+    [
+        (["--help"], 0, "Run a notebook with papermill"),
+        (["data"], 0, "digits        10 classes"),
+        (["run", "00_quickstart", "-p", "k_checkpoint", "5"], 1, "did you mean 'k_checkpoints'?"),
+    ],
+)
+def test_what_computes_nothing_imports_nothing_heavy(tmp_path, monkeypatch, args, code, says):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # names every module that is imported, on stderr
+    done = pdiff(tmp_path, *args)
+    assert done.returncode == code and says in done.stdout + done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "pdiff_lib.batches.jobs" in imported and HEAVY & imported == set()
 
 
 def test_data_lists_every_dataset(capsys):
