@@ -7,10 +7,12 @@ BIN := .venv/bin
 quickstart: .venv/installed  ## generate networks that classify handwritten digits, and look at them
 	$(BIN)/pdiff run 00_quickstart
 
-# nbval: a notebook per core at a time, each whole on one worker, whose kernel keeps to its core.
+# A file or a notebook per core at a time, each whole on one worker, which keeps to its core.
+WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadfile
+test: export OMP_NUM_THREADS := 1
 test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval
-	$(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --nbval-lax --nbval-cell-timeout=600 notebooks
+	$(BIN)/python -m pytest $(WORKERS) --durations=40
+	$(BIN)/python -m pytest $(WORKERS) --nbval-lax --nbval-cell-timeout=600 notebooks
 
 lab: .venv/installed  ## explore in the browser
 	$(BIN)/jupyter lab --notebook-dir=notebooks
