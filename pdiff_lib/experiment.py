@@ -101,9 +101,8 @@ class Experiment(Originals):
             raise ValueError(f"method {name!r}: expected condition and wanted together, or neither")
         if condition is not None:
             rows = vectors.vectors(condition)
-            if len(rows) != self.recipe.zoo.k_checkpoints:
-                raise ValueError(f"the condition of method {name!r} has {len(rows)} rows: expected one per original, "
-                                 f"{self.recipe.zoo.k_checkpoints}")
+            if len(rows) != self.k:
+                raise ValueError(f"the condition of method {name!r} has {len(rows)} rows: expected one per original, {self.k}")
             self._conditions[name] = rows.clone(), vectors.vector(wanted, rows.shape[1]).clone()
         self.methods[name] = method
 
