@@ -10,7 +10,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -167,19 +167,29 @@ def try_one_image(
     net: nn.Module, x: Tensor, first: Callable[[], Tensor], count: Count | None
 ) -> tuple[torch.memory_format, int]:
     """Refuse a network and images that do not go together; returns the layout to work in and the number of classes."""
+    layout, scores = tried(net, x, first, lambda image: _fast_layout(net, image, count.run if count else net))
+    return layout, classes_of(net, scores)
+
+
+def tried(net: nn.Module, x: Tensor, first: Callable[[], Tensor], run: Callable[[Tensor], Any]) -> Any:
+    """What `run` gives for the first of the images; whatever it raises is a `ValueError` that names the network and the shape."""
     shape = list(x.shape[1:])
     try:
-        image = first()
-        shape = list(image.shape[1:])
-        layout, scores = _fast_layout(net, image, count.run if count else net)
+        images = first()
+        shape = list(images.shape[1:])
+        return run(images)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise ValueError(f"{type(net).__name__} does not take images of shape {shape} ({x.dtype}): {error}") from error
+
+
+def classes_of(net: nn.Module, scores: Any) -> int:
+    """How many classes there are scores for; raises `ValueError` where these are no scores."""
     got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
     if isinstance(got, str) or len(got) != 2:
-        raise ValueError(f"{type(net).__name__} returns {got} for one image: expected class scores [1, classes]")
-    return layout, got[1]
+        raise ValueError(f"{type(net).__name__} returns {got} for images: expected class scores [images, classes]")
+    return got[1]
 
 
 def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[str, ...]):

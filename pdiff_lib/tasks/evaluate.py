@@ -23,7 +23,7 @@ from pdiff_lib.base.kept import Kept, drop
 from pdiff_lib.base.vectors import vectors as as_vectors
 from pdiff_lib.networks.capture import Count, Split, split, try_one_image, whole
 from pdiff_lib.networks.subset import Subset, tensors_of
-from pdiff_lib.tasks import task
+from pdiff_lib.tasks import few, task
 
 VMAP_ON_CUDA = 16  # vectors per vmap on a GPU, where one vector's rest is too small to fill it
 NO_CLASS = -1  # what scores that are not finite say
@@ -172,8 +172,19 @@ def predict(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[
 
     Source: how the paper evaluates generated networks (Section 3.1: 200 per experiment); the cut is ours.
     """
-    theta = as_vectors(theta, sub.numel)
-    return Evaluator(net, sub, x, **{"keep": 0, **how}).predict(theta)
+    return _ready(net, sub, as_vectors(theta, sub.numel), x, **how)[0]()
+
+
+def _ready(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Tensor, **how) -> tuple[Callable[[], Tensor], int]:
+    """What gives the predictions, where there are more than a few (`few.are_few`) not yet at work; and how many classes there are."""
+    weight = next(net.parameters())
+    if not how.keys() - {"prepare", "progress", "device"} and few.are_few(net, len(theta), len(x)) and (
+            {weight.device.type, torch.device(how.get("device") or "cpu").type, x.device.type, theta.device.type} == {"cpu"}):
+        _check(net, sub, x, weight.device)
+        scores = few.scores(net, sub, theta.to(weight.dtype), x, how.get("prepare"))
+        return lambda: no_class_warned(_classes(scores)), scores.shape[-1]
+    evaluator = Evaluator(net, sub, x, **{"keep": 0, **how})
+    return lambda: evaluator.predict(theta), evaluator.classes
 
 
 def wrong(
@@ -193,12 +204,12 @@ def wrong(
     """
     if y.shape != x.shape[:1] or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise ValueError(f"y has shape {list(y.shape)} ({y.dtype}): expected [{len(x)}], one class number per image")
-    theta, evaluator = as_vectors(theta, sub.numel), Evaluator(net, sub, x, **{"keep": 0, **how})
-    if outside := sorted({label for label in y.tolist() if not 0 <= label < evaluator.classes}):
+    predictions, classes = _ready(net, sub, as_vectors(theta, sub.numel), x, **how)
+    if outside := sorted({label for label in y.tolist() if not 0 <= label < classes}):
         shown = ", ".join(map(str, outside[:3])) + ", ..." * (len(outside) > 3)
         raise ValueError(f"y holds {len(outside)} labels that {type(net).__name__} has no score for ({shown}): expected 0 to "
-                         f"{evaluator.classes - 1}")
-    return evaluator.predict(theta) != y.cpu()
+                         f"{classes - 1}")
+    return predictions() != y.cpu()
 
 
 def rehearse(net: nn.Module, sub: Subset, shape: tuple[int, int, int], device: torch.device) -> None:

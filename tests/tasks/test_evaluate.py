@@ -1,5 +1,6 @@
 """One pass over the images gives what one whole network per vector gives."""
 
+import copy
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from device import DEVICE
 from pdiff_lib.base import kept, training
 from pdiff_lib.networks import capture, subset
-from pdiff_lib.tasks import evaluate
+from pdiff_lib.tasks import evaluate, few
 
 
 def images(count, size=32, channels=3, seed=1):
@@ -39,6 +40,7 @@ def ours(net, sub, theta, x):
 def captured(monkeypatch):
     """Capture as soon as anything is spared: networks in tests are too small for it to pay."""
     monkeypatch.setattr(capture, "CAPTURE", -1)
+    monkeypatch.setattr(few, "are_few", lambda *_: False)
 
 
 @pytest.fixture(params=["whole", "captured"])
@@ -357,7 +359,7 @@ def test_errors_before_any_work(monkeypatch, unchecked):
         evaluate.wrong(net, sub, theta, x, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"4.weight of the subset has shape \(8,\): Sequential has None"):
         predict(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), sub, theta, x)
-    with pytest.raises(ValueError, match=r"Conv2d returns \[1, 8, 6, 6\] for one image: expected class scores"):
+    with pytest.raises(ValueError, match=r"Conv2d returns \[\d, 8, 6, 6\] for images: expected class scores"):
         conv = nn.Conv2d(3, 8, 3)
         whole = subset.select(conv, "all")
         predict(conv, whole, vectors(conv, whole), x)
@@ -605,3 +607,24 @@ def test_a_rehearsal_says_before_any_work_what_would_fail_after_it():
     branching = Branching()
     with pytest.warns(UserWarning, match="Branching cannot be captured"):
         evaluate.rehearse(branching, subset.select(branching, "all"), (3, 2, 2), torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("prepare", [None, lambda x: x * 2 + 1])
+def test_a_few_vectors_are_evaluated_as_many_are_and_leave_the_network_alone(monkeypatch, prepare):
+    net = mini().train()
+    net[1].eval()  # a frozen layer
+    modes, state = [m.training for m in net.modules()], copy.deepcopy(net.state_dict())
+    sub, x = subset.select(net, "last_norms:1"), images(40, 8)
+    theta = sub.flatten(net) + torch.randn(3, sub.numel, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(evaluate, "Evaluator", lambda *_, **__: pytest.fail("made ready for many"))
+    few_ones = evaluate.predict(net, sub, theta, x, prepare=prepare)
+    monkeypatch.undo()
+    assert torch.equal(few_ones, evaluate.Evaluator(net, sub, x, prepare=prepare).predict(theta)) and len(few_ones.unique()) > 1
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+def test_what_is_few_depends_on_counts_alone():
+    small, large = nn.Linear(10, 10), nn.Linear(1000, 1001)
+    assert few.are_few(large, 2, 256) and not few.are_few(large, 2, 257) and not few.are_few(large, 3, 10)
+    assert few.are_few(small, 8, 16) and not few.are_few(small, 8, 17)

@@ -1,0 +1,44 @@
+"""A few vectors of a small network over few images: the plain way, with nothing made ready for more.
+
+Copying a network, trying it on one image and counting what is frozen takes as long as some of its forward passes (3 to 43 ms:
+tests/benchmarks/README.md), which is a part of an evaluation that counts where there are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from pdiff_lib.networks.capture import classes_of, tried
+from pdiff_lib.networks.modes import evaluating
+from pdiff_lib.networks.subset import Subset
+
+VECTORS, IMAGES = 2, 256  # at most so many of either: no capture spares more than it costs
+SMALL, PASSES = 1_000_000, 128  # or a network of fewer numbers, and at most so many forward passes of an image
+
+
+def are_few(net: nn.Module, vectors: int, images: int) -> bool:
+    """Whether so little is asked for; decided by counts alone, so that the same calls take the same way each time."""
+    if vectors <= VECTORS and images <= IMAGES:
+        return True
+    return vectors * images <= PASSES and sum(p.numel() for p in net.parameters()) < SMALL
+
+
+@torch.no_grad()
+def scores(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"],
+           prepare: Callable[[Tensor], Tensor] | None = None) -> Float[Tensor, "M N classes"]:
+    """Class scores by the whole network, once per vector; `net` is left as it was.
+
+    Raises:
+        ValueError: the network does not take the images, or gives no scores.
+    """
+    first = sub.unflatten(theta[0])
+    with evaluating(net):
+        images = prepare(x) if prepare else x
+        found = [tried(net, x, lambda: images, lambda images: torch.func.functional_call(net, first, (images,)))]
+        classes_of(net, found[0])
+        found += [torch.func.functional_call(net, sub.unflatten(vector), (images,)) for vector in theta[1:]]
+    return torch.stack(found)
