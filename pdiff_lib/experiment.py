@@ -194,7 +194,7 @@ class Experiment(Originals):
         def compute(_checkpoint):
             sound = torch.isfinite(theta).all(dim=1)  # running statistics that are computed anew may not be
             found = self.predictor(theta.where(sound[:, None], 0.0))
-            found[~sound] = torch.nan if found.is_floating_point() else -1
+            found[~sound.cpu()] = torch.nan if found.is_floating_point() else -1
             return {"predictions": found}
 
         stage = self.store.stage("predictions", key, compute, code=self.task.judging)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from pdiff_lib import networks
-from pdiff_lib.base import inputs, parameters, records, runs
+from pdiff_lib.base import inputs, parameters, provenance, records, runs
 from pdiff_lib.base.recipe import Recipe, names, short
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
 from pdiff_lib.measures import similarity
@@ -123,7 +123,7 @@ def generate(source: Path | Recipe, n: int, out: Path, candidates: int = 0, *, s
     runs.write_text(out / "README.md", card(e, found))
     rows = {row.pop("file"): row for row in found.table.to_dict("records")}
     return runs.write_text(out / REPORT, records.dumps({"complete": True, "made_of": made_of, "title": e.title, **found.others,
-                                                        "files": rows, **records.environment(e.device)}))
+                                                        "files": rows, **provenance.environment(e.device)}))
 
 
 def _check(out: Path, made_of: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from pdiff_lib.networks.subset import tensors_of
+
 aten = torch.ops.aten
 
 # Seconds of one CPU core, measured (tests/benchmarks/README.md). Only their ratios matter, which other machines share.
@@ -78,10 +80,10 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
     return Split(fx.GraphModule(attributes, frozen), fx.GraphModule(attributes, rest))
 
 
-def whole(net: nn.Module, names: tuple[str, ...]) -> Split:
+def whole(net: nn.Module) -> Split:
     """The plain way: nothing is frozen, and `net` itself takes the numbers of its chosen parameters. Faster than
     `torch.func.functional_call`, and each weight keeps its layout."""
-    own = {name: net.get_parameter(name) for name in names}
+    own = tensors_of(net)
 
     def rest(params: dict[str, Tensor], boundary: tuple[Tensor, ...]) -> Tensor:
         for name, value in params.items():
@@ -105,7 +107,7 @@ class Count(TorchDispatchMode):
 
     def __init__(self, net: nn.Module, names: tuple[str, ...]):
         super().__init__()
-        self.net, self.chosen = net, [net.get_parameter(name) for name in names]
+        self.net, self.chosen = net, [tensors_of(net)[name] for name in names]
 
     def run(self, image: Tensor) -> Tensor:
         """The scores of one image, counted."""

@@ -102,7 +102,7 @@ class Evaluator:
         Raises:
             ValueError: vectors of another length, or with NaN or infinity.
         """
-        theta = as_vectors(theta, self.sub.numel, device=self.device).to(self.net.get_parameter(self.sub.names[0]).dtype)
+        theta = as_vectors(theta, self.sub.numel, device=self.device).to(next(self.net.parameters()).dtype)
         self.spared += len(theta) - (self.kept.limit == 0)  # and but one in each call where nothing is kept
         with training.precision(self.device):
             while True:
@@ -145,7 +145,7 @@ class Evaluator:
     def _predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
         if self.part is None and self._pays():
             self.capture()
-        part = self.part or whole(self.net, self.sub.names)
+        part = self.part or whole(self.net)
         chunks = theta.split(self.vectors_at_once if part.captured else 1)
         predictions = torch.empty(len(theta), len(self.x), dtype=torch.int64)
         for start in tqdm(range(0, len(self.x), self.batch), desc="evaluating", unit="batch", leave=False,
@@ -257,7 +257,7 @@ def _split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> 
         raise
     except Exception as error:  # torch.export has no common base for what it cannot capture
         warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({_reason(error)})")
-        return whole(net, names)
+        return whole(net)
 
 
 def _reason(error: Exception) -> str:

@@ -271,6 +271,7 @@ def test_results_have_a_row_per_network_and_take_the_newest(home, monkeypatch, c
     assert sorted(p.name for p in (home / "runs" / "sweeps").iterdir()) == ["x.csv", "x.parquet"]
 
 
+@pytest.mark.alone
 def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     from ray.cluster_utils import Cluster
