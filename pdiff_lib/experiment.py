@@ -166,7 +166,7 @@ class Experiment(Originals):
                     return compute()
                 key = {"n": n, "name": name, "seed": self.recipe.autoencoder.pdiff_seed, **method.fingerprint,
                        **{verb: tensor_digest(row) for verb, row in self._wanted(name, 1).items()}}
-                return self.store.stage("generated", key, compute, code=(type(method), *SAMPLED))
+                return self.store.stage("generated", key, compute, code=(*getattr(method, "code", (type(method),)), *SAMPLED))
 
             stage, self.seconds[name]["sample"] = self.store.spent(sample)
             self._kept.get(ORIGINAL, by=f"the sampling of method {name!r}")

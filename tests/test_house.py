@@ -26,7 +26,7 @@ MAY = {
     "tasks": {"base", "networks"},
     "zoos": {"base", "networks", "tasks"},
     "generators": {"base"},
-    "measures": {"base"},
+    "measures": {"base", "networks"},
     "batches": {"base", "top"},  # `pdiff generate` walks the line, from inside its function
     "drawing": {"base", "networks"},
     "top": {"base", "networks", "tasks", "zoos", "generators", "measures", "drawing"},

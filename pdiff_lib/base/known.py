@@ -27,6 +27,7 @@ KNOWN = {
     "cifar100": Known("CIFAR100", *_BY_FLAG, 100, 32, 3, "cs.toronto.edu", "cifar-100-python"),
     "stl10": Known("STL10", *_BY_SPLIT, 10, 96, 3, "ai.stanford.edu", "stl10_binary"),
     "mnist": Known("MNIST", *_BY_FLAG, 10, 28, 1, "ossci-datasets.s3.amazonaws.com", "MNIST/raw"),
+    "fashion-mnist": Known("FashionMNIST", *_BY_FLAG, 10, 28, 1, "fashion-mnist.s3-website.eu-central-1.amazonaws.com", "FashionMNIST/raw"),
     "svhn": Known("SVHN", *_BY_SPLIT, 10, 32, 3, "ufldl.stanford.edu", "train_32x32.mat"),
     "flowers": Known("Flowers102", *_BY_SPLIT, 102, None, 3, "robots.ox.ac.uk", "flowers-102"),
     "pets": Known("OxfordIIITPet", {"split": "trainval"}, {"split": "test"}, 37, None, 3, "robots.ox.ac.uk",

@@ -136,11 +136,13 @@ class Autoencoder(Section):
 class Diffusion(Section):
     """Table 5d and Eq. 6. `beta_range`: "fixed" (the authors': the same for every T) or "rescaled" (see `Schedule`).
     `latent_model`: "diffusion", or "gaussian" (fitted to the latents, nothing is trained); `denoiser_kind`: "conv" (the
-    paper's) or "mlp" (`denoiser.ResidualMLP`, of `mlp_width`)."""
+    paper's) or "mlp" (`denoiser.ResidualMLP`, of `mlp_width`). `prediction`: what it learns, "noise", "v" or "x0" (see
+    `prediction`); "default": "noise" for "conv" (the paper's, Eq. 6), "v" for "mlp". Samplers get the noise in all cases."""
 
     latent_model: str = setting("diffusion", choices=("diffusion", "gaussian"))
     denoiser_kind: str = setting("conv", choices=("conv", "mlp"))
     mlp_width: int = setting(512, 1)
+    prediction: str = setting("default", choices=("default", "noise", "v", "x0"))
     denoiser_channels: tuple[int, ...] = setting((64, 128, 256, 512, 256, 128, 64), 1)
     T: int = setting(1000, 1)
     beta_1: float = setting(1e-4, 0.0, 1.0)

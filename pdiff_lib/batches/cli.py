@@ -128,7 +128,7 @@ def data():
     """List the datasets: where each comes from, and whether it is on this machine."""
     for row in catalogue():
         where = f"present: {row['where']}" if row["present"] else f"absent; from {row['source']}"
-        print(f"{row['name']:<10} {row['classes']:>5} classes  {row['image_size']!s:<10} {where}")
+        print(f"{row['name']:<13} {row['classes']:>5} classes  {row['image_size']!s:<10} {where}")
 
 
 @app.command()

@@ -138,12 +138,32 @@ class Fixed(Baseline):
         return self.vector.to(self.theta).expand(n, -1).clone()
 
 
+class Copy(Baseline):
+    """A random original as it is: what a generator that only remembers would give."""
+
+    def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
+        return self.theta[self._integers(n, len(self.theta), generator)]
+
+
 class Interpolation(Baseline):
-    """A point on the line between two different random originals, uniform along it."""
+    """A point on the line between two different random originals.
+
+    Args:
+        at: where, from 0 (the first) to 1; None: uniform along the line.
+
+    Raises:
+        ValueError: a point that is not on it.
+    """
+
+    def __init__(self, at: float | None = None):
+        if at is not None and not 0 <= at <= 1:
+            raise ValueError(f"at is {at}: expected from 0 to 1, or None")
+        self.at = at
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         where = generator.device if generator else self.theta.device
         weight = torch.rand(n, 1, generator=generator, device=where).to(self.theta.device)
+        weight = weight if self.at is None else torch.full_like(weight, self.at)
         first = self._integers(n, len(self.theta), generator)
         second = (first + 1 + self._integers(n, len(self.theta) - 1, generator)) % len(self.theta)
         return torch.lerp(self.theta[first], self.theta[second], weight)
@@ -190,15 +210,16 @@ class SWAG(Baseline):
 
     Args:
         rank: how many of the last checkpoints give the low-rank part; at least two.
+        scale: of all standard deviations; 1 = as in the paper.
 
     Source: Maddox et al. 2019, "A Simple Baseline for Bayesian Uncertainty in Deep Learning", Section 3.3: deviations are
     from the running mean; one checkpoint per step here, not per epoch.
     """
 
-    def __init__(self, rank: int = 20):
+    def __init__(self, rank: int = 20, scale: float = 1.0):
         if rank < 2:
             raise ValueError(f"rank is {rank}: expected at least 2")
-        self.rank = rank
+        self.rank, self.scale = rank, scale
 
     def _draw(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n D"]:
         theta, device = self.theta, self.theta.device
@@ -208,7 +229,7 @@ class SWAG(Baseline):
         last = (theta[-self.rank:] - running).to(theta.dtype)
         diagonal = std * randn((n, theta.shape[1]), device, generator)
         low_rank = randn((n, len(last)), device, generator) @ last / max(len(last) - 1, 1) ** 0.5
-        return mean + (diagonal + low_rank) / 2**0.5
+        return mean + self.scale * (diagonal + low_rank) / 2**0.5
 
 
 class LatentKDE(Baseline):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pdiff_lib.base import recipe, training, vectors
 from pdiff_lib.base.runs import Checkpoint, Store, tensor_digest
-from pdiff_lib.generators import autoencoder, denoiser, diffusion
+from pdiff_lib.generators import autoencoder, denoiser, diffusion, prediction
 from pdiff_lib.generators.baselines import gaussian
 from pdiff_lib.generators.methods import unconditional
 
@@ -86,12 +86,12 @@ class PDiff:
             return self
 
         def train_denoiser(checkpoint: Checkpoint) -> dict[str, Tensor]:
-            net, losses = denoiser.fit(self.scaled, self.schedule, settings, seed, checkpoint=checkpoint, progress=self.progress)
+            net, losses = prediction.fit(self.scaled, self.schedule, settings, seed, checkpoint=checkpoint, progress=self.progress)
             return {"losses": losses, **net.state_dict(prefix="net.")}
 
-        key = {"z": tensor_digest(self.z), "seed": seed, "device": device.type, **dataclasses.asdict(settings)}
+        key = {"z": tensor_digest(self.z), "seed": seed, "device": device.type, **prediction.key(settings)}
         stage = store.stage("denoiser", key, train_denoiser, code=(denoiser, diffusion.Schedule, training))
-        self.denoiser = denoiser.create(settings, self.z.shape[1], self.schedule)
+        self.denoiser = prediction.create(settings, self.z.shape[1], self.schedule)
         self._load(self.denoiser, stage, device)
         self.diffusion_losses = stage["losses"]
         return self
@@ -125,8 +125,8 @@ class PDiff:
             {"mean": self.standardise.mean, "std": self.standardise.std})}
         if self.denoiser is not None:
             parts["denoiser"] = tensor_digest(self.denoiser.state_dict())
-        return {**parts, **{k: v for s in (self.diffusion_settings, self.sampling, self.ae_settings)
-                            for k, v in dataclasses.asdict(s).items()}}
+        return {**parts, **prediction.key(self.diffusion_settings), **dataclasses.asdict(self.sampling),
+                **dataclasses.asdict(self.ae_settings)}
 
     @staticmethod
     def _load(net: torch.nn.Module, stage: dict[str, Tensor], device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""Image classifiers by name: every timm model, the paper's five mini networks, the hyper-representations CNN."""
+"""Image classifiers by name: every timm model, the paper's five mini networks, those of the zoos of other papers."""
 
 import copy
 import difflib
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -132,6 +133,24 @@ class _HyperRepCNN(nn.Sequential):
         )
 
 
+class _HyperRep2464(nn.Sequential):
+    """The CNN of the first hyper-representations papers (2,464 parameters at 10 classes and one channel): 28x28 shrinks to
+    4 x 3 x 3. Their released zoo of MNIST has tanh between the layers; leaky ReLU here, as in the larger one."""
+
+    def __init__(self, num_classes: int, in_chans: int):
+        super().__init__(
+            nn.Conv2d(in_chans, 8, 5), nn.MaxPool2d(2), nn.LeakyReLU(), nn.Conv2d(8, 6, 5), nn.MaxPool2d(2), nn.LeakyReLU(),
+            nn.Conv2d(6, 4, 2), nn.LeakyReLU(), nn.Flatten(), nn.Linear(36, 20), nn.LeakyReLU(), nn.Linear(20, num_classes),
+        )
+
+
+class _MLP(nn.Sequential):
+    """Linear layers with ReLU between them, on flattened images."""
+
+    def __init__(self, *widths: int):
+        super().__init__(nn.Flatten(), *[layer for a, b in zip(widths, widths[1:]) for layer in (nn.Linear(a, b), nn.ReLU())][:-1])
+
+
 # name -> (how to build it, the only side in pixels that it takes)
 _SMALL = {
     "convnet-mini": (_ConvNetMini, 64),
@@ -140,7 +159,9 @@ _SMALL = {
     "vit-mini": (_ViTMini, 64),
     "convnext-mini": (_convnext_mini, 64),
     "hyperrep-cnn": (_HyperRepCNN, 32),
+    "hyperrep-2464": (_HyperRep2464, 28),
 }
+_WIDTHS = re.compile(r"mlp(-[1-9]\d*)+")  # mlp-10, mlp-32-32: the hidden layers
 
 
 def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | None = None, pretrained: bool = False,
@@ -148,11 +169,13 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
     """Build the classifier called `name`, in train mode, on the CPU.
 
     Args:
-        name: a timm model ("resnet18"), one of the five "...-mini" networks, "hyperrep-cnn", or a function of one's own as
+        name: a timm model ("resnet18"), one of the five "...-mini" networks, "hyperrep-cnn", "hyperrep-2464", an MLP with the
+            widths of its hidden layers ("mlp-10", "mlp-32-32"; ReLU), or a function of one's own as
             "package.module:function" (see `base.own`), which is called with `num_classes` and `in_chans` and returns the network.
         num_classes: width of the last layer, at least 1.
         in_chans: channels of the images, at least 1.
-        image_size: side of the images in pixels; None: 64 for the minis, 32 for "hyperrep-cnn", timm's own default.
+        image_size: side of the images in pixels; None: 64 for the minis, 32 for "hyperrep-cnn", 28 for "hyperrep-2464" and MLPs,
+            timm's own default.
         pretrained: start from the weights that timm publishes for this model (ImageNet; downloaded when needed).
         weights: safetensors file with a state dict that fits (see `weights.load`). Pickled files are refused: loading one
             runs code.
@@ -178,7 +201,7 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
         torch.default_generator.manual_seed(seed)
         if own.is_name(name):
             net = _create_own(name, num_classes, in_chans, image_size, pretrained)
-        elif name in _SMALL:
+        elif _WIDTHS.fullmatch(name) or name in _SMALL:
             net = _create_small(name, num_classes, in_chans, image_size, pretrained)
         else:
             net = _create_timm(name, num_classes, in_chans, image_size, pretrained)
@@ -193,12 +216,16 @@ def code_key(name: str) -> dict[str, str]:
 
 
 def _create_small(name: str, num_classes: int, in_chans: int, image_size: int | None, pretrained: bool) -> nn.Module:
-    build, side = _SMALL[name]
-    if image_size not in (None, side):
-        raise ValueError(f"image_size = {image_size}: {name} takes {side}x{side} images only")
     if pretrained:
         raise ValueError(f"pretrained = True: there are no published weights of {name}")
-    net = build(num_classes, in_chans)
+    if name in _SMALL:
+        build, side = _SMALL[name]
+        if image_size not in (None, side):
+            raise ValueError(f"image_size = {image_size}: {name} takes {side}x{side} images only")
+        net = build(num_classes, in_chans)
+    else:
+        side = image_size or 28
+        net = _MLP(in_chans * side**2, *map(int, name.split("-")[1:]), num_classes)
     net.input_shape = (in_chans, side, side)
     return net
 

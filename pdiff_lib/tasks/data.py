@@ -166,7 +166,8 @@ class Images:
             x: images of this data set, on any device; pixels 0..255.
             generator_seed: decides everything random (differently on CPU and GPU), so that a resumed run repeats.
             flip: mirror half of the images, left to right.
-            scale: smallest and largest share of the image's area that is kept, 0 < smallest <= largest <= 1.
+            scale: smallest and largest share of the image's area that is kept, 0 < smallest <= largest <= 1. From 1 on, and
+                without mirroring, images stay as they are.
 
         Returns:
             float32 on the same device.
@@ -201,6 +202,8 @@ class Images:
                              "least one batch, and no empty ones")
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale = {scale}: expected 0 < smallest <= largest <= 1")
+        if scale[0] == 1 and not flip:
+            return self.prepare(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         drawn = [torch.rand(5, x.shape[1], generator=torch.Generator(x.device).manual_seed(seed), device=x.device)
                  for seed in seeds]
         out = self._normalise(_random_crop(x.flatten(0, 1).float(), self.size, torch.cat(drawn, 1), flip, scale))

@@ -26,6 +26,7 @@ from pdiff_lib.networks.subset import Subset, tensors_of
 from pdiff_lib.tasks import few, task
 
 VMAP_ON_CUDA = 16  # vectors per vmap on a GPU, where one vector's rest is too small to fill it
+VMAP_OF_SMALL = 32  # on the CPU, of networks that do not fill a core either
 NO_CLASS = -1  # what scores that are not finite say
 
 
@@ -45,7 +46,8 @@ class Evaluator:
         x: images, as `prepare` takes them (uint8, say), or as the network does where there is no `prepare`.
         prepare: from a batch of images on the device to what the network takes (resizing, normalising).
         batch_size: images at a time, at most; with `vectors_at_once` and `keep`, what memory depends on.
-        vectors_at_once: vectors that share one vmap over the rest; None takes 1 (a loop) on the CPU and 16 on CUDA.
+        vectors_at_once: vectors that share one vmap over the rest; None takes 16 on CUDA, and on the CPU 1 (a loop), or 32 of a
+            small network without convolutions.
         device: where to compute; None takes that of the network's parameters.
         progress: show a progress bar over the batches.
         keep: bytes on the device that frozen results may take between calls, 0: none; None: see `kept.Kept`.
@@ -67,7 +69,7 @@ class Evaluator:
         self.sub, self.x, self.prepare, self.device, self.progress = sub, x, prepare, device, progress
         # Batches of one size, so that one capture serves them all; the last is filled up with images that are not counted.
         self.batch = -(-len(x) // -(-len(x) // batch_size))
-        self.vectors_at_once = vectors_at_once or (VMAP_ON_CUDA if device.type == "cuda" else 1)
+        self.vectors_at_once = vectors_at_once or (VMAP_ON_CUDA if device.type == "cuda" else VMAP_OF_SMALL if few.is_small(net) else 1)
         self.part: Split | None = None
         self.kept = Kept(device, keep)
         self.count = Count(self.net, sub.names) if device.type == "cpu" else None

@@ -18,6 +18,7 @@ from pdiff_lib.networks.subset import Subset
 
 VECTORS, IMAGES = 2, 256  # at most so many of either: no capture spares more than it costs
 SMALL, PASSES = 1_000_000, 128  # or a network of fewer numbers, and at most so many forward passes of an image
+TINY = 2**15  # numbers in a network that does not fill a core
 
 
 def are_few(net: nn.Module, vectors: int, images: int) -> bool:
@@ -42,3 +43,8 @@ def scores(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[T
         classes_of(net, found[0])
         found += [torch.func.functional_call(net, sub.unflatten(vector), (images,)) for vector in theta[1:]]
     return torch.stack(found)
+
+
+def is_small(net: nn.Module) -> bool:
+    """Whether several vectors at once are faster on a CPU: measured on MLPs; a vmap over convolutions is a slow grouped one."""
+    return sum(p.numel() for p in net.parameters()) <= TINY and not any(isinstance(m, nn.Conv2d) for m in net.modules())

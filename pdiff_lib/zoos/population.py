@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
@@ -27,10 +27,10 @@ from pdiff_lib.tasks.order import steps_per_epoch
 from pdiff_lib.tasks.task import Task
 from pdiff_lib.zoos.zoo import Zoo
 
-CHUNK = 50  # networks per stage: what is stacked together, and what a kill between two stages does not lose
+CHUNK = 50  # networks per stage, at least: what is stacked together, and what a kill between two stages does not lose
 
 
-def collect(images: data.Images | Task, k: int, *, store: Store | None = None, chunk: int = CHUNK, at_once: int | None = None,
+def collect(images: data.Images | Task, k: int, *, store: Store | None = None, chunk: int | None = None, at_once: int | None = None,
             device: str | torch.device | None = None, progress: bool = True, **settings) -> Zoo:
     """K independently initialised and trained networks as a zoo of all their parameters.
 
@@ -41,7 +41,8 @@ def collect(images: data.Images | Task, k: int, *, store: Store | None = None, c
         images: to classify; or any other task.
         k: how many networks, at least 2.
         store: keeps each chunk (stage "population") and lets a killed training resume; None keeps nothing.
-        chunk: networks that are trained together; memory for parameters, gradients and optimizer depends on it.
+        chunk: networks that are trained together; memory for parameters, gradients and optimizer depends on it. None: 50, or as
+            many as share one vmap where these are more.
         at_once: as for `train`.
         device: to train on; None: CUDA when there is one.
         progress: show a bar per chunk.
@@ -58,14 +59,16 @@ def collect(images: data.Images | Task, k: int, *, store: Store | None = None, c
     Source: the populations of Table 7; initial weights are PyTorch's.
     """
     (base,) = recipe.split(settings, recipe.Base)
-    if min(k - 1, chunk) < 1:
+    if k < 2 or (chunk is not None and chunk < 1):
         raise ValueError(f"k = {k} networks in chunks of {chunk}: expected at least 2, in chunks of at least 1")
     device, store, task = training.device_of(device), store or Store(None), task_of(images)
-    check(create(task, base, 0), base)
+    first = create(task, base, 0)
+    check(first, base)
+    chunk = chunk or max(CHUNK, _at_once(first, device))
     members = torch.arange(k).split(chunk)
     parts = [_stage(task, base, part.tolist(), k, store, at_once, device, progress) for part in members]
     theta, losses = (torch.cat([part[name] for part in parts]) for name in ("theta", "losses"))
-    sub = subset.select(create(task, base, 0), "all")
+    sub = subset.select(first, "all")
     return Zoo(theta, sub.names, sub.shapes, losses)
 
 
@@ -116,7 +119,7 @@ def check(net: nn.Module, base: recipe.Base) -> None:
 
 
 def train(nets: Sequence[nn.Module], images: data.Images | Task, seeds: Sequence[int], *, at_once: int | None = None,
-          checkpoint: Checkpoint | None = None, device: str | torch.device | None = None, progress: bool = True,
+          moments: Int64[Tensor, "K S"] | None = None, path: Float[Tensor, "K S D"] | None = None, checkpoint: Checkpoint | None = None, device: str | torch.device | None = None, progress: bool = True,
           desc: str = "", **settings) -> Float[Tensor, "K steps"]:
     """Train networks of one kind together, in place: each as `zoo.train` would with its own seed.
 
@@ -126,6 +129,8 @@ def train(nets: Sequence[nn.Module], images: data.Images | Task, seeds: Sequence
         seeds: of each network's batches and augmentation.
         at_once: networks that share one vmap; None: what is fastest (`_at_once`). Memory for activations depends on it: where it
             does not suffice, half as many are taken.
+        moments: for each network the steps after which it is kept (0: as it starts), rising; None: none are.
+        path: [K S D] on the device; filled in place with the networks at these moments, all of their parameters.
         checkpoint: where the state of an unfinished training is kept.
         device: to train on; None: CUDA when there is one. The networks themselves stay where they are.
         progress: show a bar.
@@ -154,6 +159,16 @@ def train(nets: Sequence[nn.Module], images: data.Images | Task, seeds: Sequence
         stacks.parameters(), lr=base.base_lr, weight_decay=base.base_weight_decay)
     batch_of, per_epoch = task.batches(seeds, base.base_batch, base, device, "train")
     curves = torch.zeros(per_epoch * base.base_epochs, len(nets), device=device)
+    order = [names.index(name) for name in subset.select(nets[0], "all").names]
+
+    def keep(step: int) -> None:
+        rows, columns = (moments == step).nonzero(as_tuple=True)
+        if len(rows):
+            with torch.no_grad():
+                path[rows, columns] = torch.cat([stacks[i][rows.to(device)].flatten(1) for i in order], dim=1)
+
+    if moments is not None:
+        keep(0)
     gradients = _gradients(net, names, task.example.to(device), task.criterion)
     at_once = at_once or _at_once(net, device)
     parts = _parts(len(nets), at_once)
@@ -173,8 +188,10 @@ def train(nets: Sequence[nn.Module], images: data.Images | Task, seeds: Sequence
         return curves[i].sum() + sum(((p - p.detach()) * torch.cat(g)).sum()
                                      for p, g in zip(stacks, zip(*(g for g, _ in steps))))
 
-    training.loop(loss_at, len(curves), {"population": stacks}, optimizer, buffers={"curves": curves}, checkpoint=checkpoint,
-                  desc=desc or f"training {len(nets)} x {base.network}", progress=progress, tf32=True)
+    training.loop(loss_at, len(curves), {"population": stacks}, optimizer, checkpoint=checkpoint, tf32=True,
+                  buffers={"curves": curves} if path is None else {"curves": curves, "path": path},
+                  after=None if moments is None else lambda i: keep(i + 1),
+                  desc=desc or f"training {len(nets)} x {base.network}", progress=progress)
     with torch.no_grad():
         for i, member in enumerate(nets):
             for p, stack in zip(member.eval().parameters(), stacks):
@@ -187,10 +204,13 @@ def _parts(networks: int, at_once: int) -> list[slice]:
 
 
 def _at_once(net: nn.Module, device: torch.device) -> int:
-    """Networks per vmap. On a CPU a vmap over convolutions is a slow grouped convolution (0.3 to 0.8 times as fast as one
-    network after the other), while one over matrix products of small batches is 1.3 to 1.4 times as fast:
-    tests/benchmarks/bench_population.py."""
-    return 64 if device.type == "cuda" else 1 if _has(net, nn.Conv2d) else 16
+    """Networks per vmap: of small ones many, whose matrix products would not fill even one core. On a CPU a vmap over
+    convolutions is a slow grouped convolution (0.3 to 0.8 times as fast as one network after the other), while one over matrix
+    products of small batches is 1.3 to 1.4 times as fast, and 100 times for the smallest: tests/benchmarks/bench_population.py."""
+    numel = sum(p.numel() for p in net.parameters())
+    if device.type == "cuda":
+        return max(64, min(4096, 2**25 // numel))
+    return 1 if _has(net, nn.Conv2d) else max(16, min(512, 2**20 // numel))
 
 
 def _has(net: nn.Module, kind: type[nn.Module]) -> bool:

@@ -10,6 +10,7 @@ from scipy.stats import gaussian_kde, kstest
 
 from pdiff_lib.generators.baselines import (
     SWAG,
+    Copy,
     Fixed,
     Gaussian,
     Interpolation,
@@ -21,7 +22,7 @@ from pdiff_lib.generators.baselines import (
     gaussian,
 )
 
-METHODS = [Noise(0.1, (4, 5)), WeightAverage(), Interpolation(), Gaussian(), SubsetAverage(2), SWAG()]
+METHODS = [Noise(0.1, (4, 5)), WeightAverage(), Interpolation(), Gaussian(), SubsetAverage(2), SWAG(), Copy(), Interpolation(0.3)]
 NAMES = [type(m).__name__ for m in METHODS]
 
 
@@ -315,3 +316,28 @@ def test_kde_refuses_latents_and_vectors_that_are_not_numbers():
     for kind, message in ((Broken, "NaN or infinity in 5 of 5"), (Short, r"shape \[5, 4\]: expected \[vectors, 9\]")):
         with pytest.raises(ValueError, match=message):
             LatentKDE(kind(), torch.rand(20)).fit(zoo(k=20)).sample(5, seeded())
+
+
+def test_a_copy_is_an_original_and_each_is_as_likely():
+    theta, n = zoo(), 6000
+    samples = Copy().fit(theta).sample(n, seeded())
+    which = torch.cdist(samples, theta).argmin(1)
+    assert torch.equal(samples, theta[which])
+    assert (which.bincount(minlength=6) / n - 1 / 6).abs().max() < 4 * math.sqrt(5 / 36 / n)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.5, 1.0])
+def test_interpolation_at_a_point_of_the_line(at):
+    theta = zoo(3)
+    want = torch.stack([torch.lerp(theta[i], theta[j], at) for i, j in itertools.permutations(range(3), 2)])
+    gaps = torch.cdist(Interpolation(at).fit(theta).sample(200, seeded()).double(), want.double())
+    assert gaps.amin(1).max() < 1e-4 and (at not in (0.3,) or len(gaps.argmin(1).unique()) == 6)
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"at is {wrong}: expected from 0 to 1"):
+            Interpolation(wrong)
+
+
+def test_swag_scales_its_deviations():
+    theta = zoo()
+    once, half = (SWAG(scale=s).fit(theta).sample(5, seeded()) - theta.mean(0) for s in (1.0, 0.5))
+    torch.testing.assert_close(half, once / 2, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from pdiff_lib.generators import diffusion
 from pdiff_lib.generators.diffusion import Schedule, ddim, ddpm
+from pdiff_lib.generators.prediction import Predictor
 
 
 def seeded(seed=0):
@@ -162,3 +163,28 @@ def test_gaussian_denoiser_is_the_best_predictor_of_the_noise():
     assert abs(float((residual * (x - x.mean())).mean())) < 5 * float(x.std()) / n**0.5
     slope = ((x - x.mean()) * eps).mean() / x.var()
     assert float((predicted - predicted.mean()).std() / x.std()) == pytest.approx(float(slope), rel=0.02)
+
+
+class Exact(torch.nn.Module):
+    """E[z | x_t], E[eps | x_t] or E[v | x_t] of latents from N(mean, std^2), by conditioning a Gaussian."""
+
+    def __init__(self, mean, std, schedule, prediction):
+        super().__init__()
+        self.mean, self.std, self.schedule, self.prediction = mean, std, schedule, prediction
+
+    def forward(self, x, t):
+        bar = self.schedule.alpha_bar[t].unsqueeze(1)
+        residual = (x.double() - bar.sqrt() * self.mean) / (bar * self.std**2 + 1 - bar)
+        z, eps = self.mean + bar.sqrt() * self.std**2 * residual, (1 - bar).sqrt() * residual
+        return {"x0": z, "noise": eps, "v": bar.sqrt() * eps - (1 - bar).sqrt() * z}[self.prediction].float()
+
+
+@pytest.mark.parametrize("sampler, kwargs", [(ddpm, {}), (ddim, {}), (ddim, {"steps": 100})], ids=["ddpm", "ddim", "ddim 100"])
+@pytest.mark.parametrize("prediction", ["noise", "v", "x0"])
+def test_exact_answers_of_any_kind_give_the_same_samples(prediction, sampler, kwargs):
+    mean, std, schedule = 1.5, 0.4, Schedule(200, beta_range="rescaled")
+    net = Predictor(Exact(mean, std, schedule, prediction), schedule.alpha_bar, prediction).eval()
+    x = torch.randn(500, 3, generator=seeded(3))
+    want = sampler(diffusion.GaussianDenoiser(mean, std, schedule), x, schedule, generator=seeded(4), **kwargs)
+    torch.testing.assert_close(sampler(net, x, schedule, generator=seeded(4), **kwargs), want, rtol=1e-3, atol=1e-3)
+    assert float(want.mean()) == pytest.approx(mean, abs=0.1) and float(want.std()) == pytest.approx(std, rel=0.1)

@@ -9,14 +9,17 @@ from sklearn import decomposition
 from torch import nn
 
 from device import DEVICE
+from pdiff_lib.base import recipe, runs
 from pdiff_lib.base.runs import Store
-from pdiff_lib.generators import autoencoder, denoiser, pdiff
+from pdiff_lib.generators import autoencoder, denoiser, pdiff, prediction
 from pdiff_lib.generators.autoencoder import PCA, Autoencoder, noisy_reconstruction_loss
 from pdiff_lib.generators.denoiser import Denoiser, ResidualMLP, noise_loss, sinusoidal
 from pdiff_lib.generators.diffusion import GaussianDenoiser, Schedule
 from pdiff_lib.generators.pdiff import PDiff
+from pdiff_lib.generators.prediction import Predictor
 from pdiff_lib.measures import similarity
 from pdiff_lib.networks import subset
+from test_flow import digits
 
 SMALL = dict(ae_channels=(8, 8, 4), latent_dim=6, ae_steps=3, denoiser_channels=(8, 16, 8), T=20, diffusion_steps=3,
              progress=False)
@@ -413,3 +416,112 @@ def test_an_mlp_denoiser_learns_a_known_distribution_in_seconds():
     assert (samples.std(0) / theta.std(0)).tolist() == pytest.approx([1, 1, 1], abs=0.15)
     assert ((samples.mean(0) - theta.mean(0)) / theta.std(0)).tolist() == pytest.approx([0, 0, 0], abs=0.15)
     assert p.diagnose(theta, 500, seeded())["generated_latent_std"] == pytest.approx(1, abs=0.15)
+
+
+# ---------------------------------------------------------------- what the denoiser predicts
+
+KINDS = {"conv": lambda bar: Denoiser(5, (4, 4)), "mlp": lambda bar: ResidualMLP(5, bar, width=16)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["noise", "v", "x0"])
+def test_the_loss_is_that_of_what_is_predicted(kind, name):
+    schedule = Schedule(10)
+    raw = KINDS[kind](schedule.alpha_bar).eval()
+    net, answer = Predictor(raw, schedule.alpha_bar, name), raw.velocity if kind == "mlp" else raw
+    z, eps = torch.randn(2, 3, 5, generator=seeded())
+    t = torch.tensor([0, 4, 9])
+    losses, noise = net.loss(z, t, eps, schedule).detach(), net(schedule.add_noise(z, eps, t), t).detach()
+    for i, step in enumerate(t.tolist()):
+        bar = math.prod(1 - (1e-4 + (2e-2 - 1e-4) * j / 9) for j in range(step + 1))
+        x = math.sqrt(bar) * z[i] + math.sqrt(1 - bar) * eps[i]
+        target = {"noise": eps[i], "v": math.sqrt(bar) * eps[i] - math.sqrt(1 - bar) * z[i], "x0": z[i]}[name]
+        given = answer(x[None], t[i : i + 1])[0].detach()
+        assert float(losses[i]) == pytest.approx(float((given - target).square().mean()), rel=1e-3)
+        # The clean latent that the answer stands for, and the noise that leads from it to x.
+        clean = {"noise": (x - math.sqrt(1 - bar) * given) / math.sqrt(bar), "x0": given,
+                 "v": math.sqrt(bar) * x - math.sqrt(1 - bar) * given}[name]
+        torch.testing.assert_close(noise[i], (x - math.sqrt(bar) * clean) / math.sqrt(1 - bar), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictors_are_trained_as_the_denoisers_are(monkeypatch, kind):
+    """The same weights, batches and noise: what a network learns by itself comes out to the bit."""
+    settings = recipe.Diffusion(denoiser_kind=kind, denoiser_channels=[4, 4], mlp_width=16, diffusion_steps=4, diffusion_batch=8, T=20)
+    z, schedule = torch.randn(30, 5, generator=seeded()).to(DEVICE), Schedule(20)
+    net, losses = denoiser.fit(z, schedule, settings, 3, progress=False)
+    monkeypatch.setattr(prediction, "is_own", lambda settings: False)
+    ours, again = prediction.fit(z, schedule, settings, 3, progress=False)
+    assert isinstance(ours, Predictor) and not ours.training and torch.equal(losses, again)
+    assert all(torch.equal(t, ours.net.state_dict()[name]) for name, t in net.state_dict().items())
+    x, t = torch.randn(7, 5, generator=seeded(1)).to(DEVICE), torch.arange(7, device=DEVICE)
+    torch.testing.assert_close(ours(x, t), net(x, t))
+
+
+@pytest.mark.parametrize("kind, own, others", [("conv", "noise", ("v", "x0")), ("mlp", "v", ("noise", "x0"))])
+def test_the_default_said_by_name_is_the_same_stage(tmp_path, kind, own, others):
+    def fit(prediction):
+        return PDiff((48, 48), denoiser_kind=kind, mlp_width=8, prediction=prediction, **SMALL).fit(zoo(), Store(tmp_path))
+
+    def kept():
+        return {name: len([*(tmp_path / name).glob("*.safetensors")]) for name in ("autoencoder", "denoiser")}
+
+    default, named = fit("default"), fit(own)
+    assert kept() == {"autoencoder": 1, "denoiser": 1} and default.fingerprint == named.fingerprint
+    assert "prediction" not in default.fingerprint and torch.equal(default.sample(3, seeded()), named.sample(3, seeded()))
+    made = [fit(other) for other in others]
+    assert kept() == {"autoencoder": 1, "denoiser": 3} and made[0].fingerprint != made[1].fingerprint
+    again = fit(others[0])  # read back
+    assert kept()["denoiser"] == 3 and torch.equal(again.sample(3, seeded()), made[0].sample(3, seeded()))
+    assert [p.fingerprint["prediction"] for p in made] == list(others)
+
+
+class Stop(Exception):
+    """The end of a process, as far as the loop can tell."""
+
+
+def test_a_killed_training_of_another_prediction_resumes_to_the_bit(tmp_path, monkeypatch):
+    settings = {**SMALL, "ae_kind": "pca", "prediction": "v"}
+    whole = PDiff((48, 48), **settings).fit(zoo())
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    loss, steps = Predictor.loss, []
+
+    def stopping(self, *args):
+        steps.append(1)
+        if len(steps) == 2:
+            raise Stop
+        return loss(self, *args)
+
+    monkeypatch.setattr(Predictor, "loss", stopping)
+    with pytest.raises(Stop):
+        PDiff((48, 48), **settings).fit(zoo(), Store(tmp_path))
+    resumed = PDiff((48, 48), **settings).fit(zoo(), Store(tmp_path))
+    assert len(steps) == 1 + 1 + 2 and torch.equal(resumed.diffusion_losses, whole.diffusion_losses)
+    assert torch.equal(resumed.sample(3, seeded()), whole.sample(3, seeded()))
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return digits(40, 100)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predicted_velocities_and_latents_keep_the_spread_of_real_networks(networks, kind):
+    """40 MLPs in 16 components. Of the noise, after as short a training, the samples are far too wide: its error is divided by
+    sqrt(alpha_bar) where sampling starts."""
+    wide = {}
+    for name in ("noise", "v", "x0"):
+        p = PDiff((640, 10, 100, 10), ae_kind="pca", latent_dim=16, centre="vector", denoiser_kind=kind, mlp_width=64, prediction=name,
+                  denoiser_channels=(8, 16, 8), T=100, beta_range="rescaled", diffusion_steps=250, diffusion_lr=5e-3,
+                  diffusion_batch=64, sampler="ddim", sampling_steps=25, standardise_latents=True, progress=False).fit(networks)
+        found = p.diagnose(networks, 200, seeded())
+        wide[name] = found["generated_latent_std"] / found["latent_std"]
+        assert found["loss_high_noise"] < found["loss_mid_noise"] < 0.3
+    assert wide["v"] == pytest.approx(1, abs=0.25) and wide["x0"] == pytest.approx(1, abs=0.25) and wide["noise"] > 1.25
+
+
+def test_what_cannot_be_predicted_is_refused():
+    with pytest.raises(ValueError, match="prediction is 'eps': expected one of 'default', 'noise', 'v', 'x0'"):
+        PDiff(prediction="eps")
+    with pytest.raises(ValueError, match="prediction is 'default': expected one of 'noise', 'v', 'x0'"):
+        Predictor(Denoiser(5, (4, 4)), Schedule(10).alpha_bar, "default")

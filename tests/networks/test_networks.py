@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from pdiff_lib import networks
 
 TABLE_6 = {"convnet-mini": 24262, "mlp-mini": 66970, "resnet-mini": 25138, "vit-mini": 80714, "convnext-mini": 74970}
-SMALL = [*TABLE_6, "hyperrep-cnn"]
+SMALL = [*TABLE_6, "hyperrep-cnn", "hyperrep-2464", "mlp-10", "mlp-32-32"]
 
 
 @pytest.mark.parametrize("name, count", TABLE_6.items())
@@ -34,6 +34,25 @@ def test_vit_mini_positions_are_distinct_and_not_saved():
     net = networks.create("vit-mini", 10)
     assert torch.cdist(net.positions, net.positions).fill_diagonal_(9).min() > 0.1
     assert set(net.state_dict()) == {name for name, _ in net.named_parameters()}
+
+
+@pytest.mark.parametrize("name, in_chans, size, count", [
+    ("hyperrep-2464", 1, None, 2464), ("hyperrep-cnn", 3, None, 10_853), ("mlp-10", 1, 8, 760), ("mlp-16", 1, None, 12_730), ("mlp-10", 1, 28, 7960),
+    ("mlp-32-32", 1, None, 26_506)])
+def test_networks_of_other_papers_zoos_have_their_parameter_counts(name, in_chans, size, count):
+    net = networks.create(name, 10, in_chans, size)
+    assert sum(p.numel() for p in net.parameters()) == count
+    networks.check(net, net.input_shape)
+
+
+def test_an_mlp_is_what_its_name_says():
+    net = networks.create("mlp-5-3", 2, 1, 4, seed=1)
+    x, (a, b, c) = torch.randn(3, 1, 4, 4), [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
+    assert [m.out_features for m in (a, b, c)] == [5, 3, 2]
+    torch.testing.assert_close(net(x), c(b(a(x.flatten(1)).relu()).relu()))
+    for name in ("mlp-", "mlp-0", "mlp-3-"):
+        with pytest.raises(ValueError, match=f"network '{name}' is unknown"):
+            networks.create(name, 2)
 
 
 def test_hyperrep_cnn_is_meant_for_32():
@@ -216,7 +235,7 @@ def test_check_refuses_other_sizes_and_channels(name):
     # ConvNeXt-mini pools globally, so larger images fit; MLP-mini averages the channels, so any number of them does.
     larger = [] if name == "convnext-mini" else [(3, 128, 128)]
     grey = [] if name == "mlp-mini" else [(1, *net.input_shape[1:])]
-    for shape in [(3, 28, 28), *larger, *grey]:
+    for shape in [(3, 27, 20), *larger, *grey]:
         with pytest.raises(ValueError) as error:
             networks.check(net, shape)
         assert str(list(shape)) in str(error.value) and str(list(net.input_shape)) in str(error.value)

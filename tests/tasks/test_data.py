@@ -111,6 +111,13 @@ def test_the_whole_image_as_crop_is_a_plain_resize():
         assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_without_crop_and_mirroring_images_stay_as_they_are(digits):
+    x = digits.x_train[:6].unflatten(0, (2, 3))
+    got = digits.augment_many(x, [1, 2], flip=False, scale=(1.0, 1.0))
+    assert torch.equal(got, torch.stack([digits.prepare(part) for part in x]))
+    assert not torch.equal(got, digits.augment_many(x, [1, 2], flip=False, scale=(0.9, 1.0)))
+
+
 def test_flipping_mirrors_about_half_of_the_images():
     x, drawn = torch.rand(200, 1, 6, 6), torch.rand(5, 200, generator=torch.Generator().manual_seed(0))
     got = data._random_crop(x, 6, drawn, flip=True, scale=(1.0, 1.0), ratio=(1.0, 1.0))

@@ -10,7 +10,7 @@ from device import DEVICE
 from pdiff_lib import networks, zoo
 from pdiff_lib.base import recipe, runs, training
 from pdiff_lib.networks import subset
-from pdiff_lib.tasks import data
+from pdiff_lib.tasks import classification, data
 from pdiff_lib.zoos import population
 
 SETTINGS = {"base_epochs": 2, "base_lr": 0.02, "base_batch": 10, "crop_scale": 0.5, "network": "hyperrep-cnn",
@@ -138,6 +138,13 @@ def test_a_killed_population_resumes_bitwise(images, tmp_path, monkeypatch, stop
 def test_what_cannot_be_a_population_is_refused(images, changes, message):
     with pytest.raises(ValueError, match=message):
         collect(images, **changes)
+
+
+def test_small_networks_are_many_to_a_vmap_and_to_a_stage(tmp_path):
+    task = classification.Classification(recipe.Data(dataset="digits", image_size=8, train_images=100))
+    how = {"network": "mlp-3", "base_epochs": 1, "base_batch": 50, "crop_scale": 1.0, "flip": False, "pretrained": False}
+    population.collect(task, 130, store=runs.Store(tmp_path), device=DEVICE, progress=False, **how)
+    assert len(list((tmp_path / "population").glob("*.safetensors"))) == 1  # 50 of networks that do not share a vmap
 
 
 def test_networks_of_several_kinds_and_missing_seeds_are_refused(images):

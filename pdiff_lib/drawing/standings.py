@@ -1,0 +1,84 @@
+"""The arena's figure: how good, and how far from every original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from pdiff_lib.base import score as scores
+from pdiff_lib.drawing.palette import look
+
+DISTANCE = "distance to the nearest original (1 = the originals' own median)"
+GREYS = ["#555555", "#888888", "#aaaaaa", "#777777", "#999999"]
+
+
+def standings(frame: pd.DataFrame, baselines: Sequence[str], bar: float, title: str) -> go.Figure:
+    """Score against relative distance, a point per method (the mean over its networks, whiskers from the 10th to the 90th percentile), a
+    panel per order of the hidden units.
+
+    Args:
+        frame: rows of `Arena.frame`; rows with order "" are drawn in every panel.
+        baselines: methods that make the frontier: grey, strengths of one kind joined by a line.
+        bar: score from which on a network counts as performant; dashed.
+        title: what, on what, at which scale.
+    """
+    score = scores.of(frame)
+    orders, everywhere = [o for o in frame.order.unique() if o], frame[frame.order == ""]
+    names = [m for m in frame.method.unique() if m not in baselines]
+    kinds = list(dict.fromkeys(kind(m) for m in baselines))
+    fig = make_subplots(rows=1, cols=len(orders), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f"{o} order" for o in orders])
+    for col, order in enumerate(orders, 1):
+        part = pd.concat([frame[frame.order == order], everywhere])
+        for i, group in enumerate(kinds):
+            rows = [part[part.method == m] for m in baselines if kind(m) == group and (part.method == m).any()]
+            if rows:
+                _points(fig, col, rows, score, group, {"color": GREYS[i % len(GREYS)], "symbol": look(i)["symbol"]}, "lines+markers")
+        for i, name in enumerate(names):
+            if (part.method == name).any():
+                _points(fig, col, [part[part.method == name]], score, name, look(i), "markers")
+        fig.add_hline(score.scale * bar, line={"dash": "dash", "width": 1, "color": "#555"}, row=1, col=col)
+    fig.update_layout(title=title, width=460 * len(orders) + 330, height=560, hovermode="closest", legend={"itemsizing": "constant"})
+    fig.update_xaxes(title=DISTANCE)
+    return fig.update_yaxes(title=score.label, col=1)
+
+
+def field(frame: pd.DataFrame, chosen: str, title: str) -> go.Figure:
+    """Score against relative distance, a point per network: those of one method in colour, all others grey.
+
+    Args:
+        frame: rows of `Arena.frame`.
+        chosen: the method in colour.
+        title: what, on what, at which scale.
+    """
+    score = scores.of(frame)
+    fig = go.Figure()
+    for i, (method, part) in sorted(enumerate(frame.groupby("method", sort=False)), key=lambda m: m[1][0] == chosen):
+        marker = {"size": 8, "opacity": 0.8, **look(1)} if method == chosen else {"size": 4, "opacity": 0.35, "color": GREYS[i % len(GREYS)]}
+        fig.add_scatter(x=part.distance, y=score.scale * part[score.column], mode="markers", name=method, marker=marker, showlegend=False,
+                        customdata=part[["index"]], hovertemplate=f"{method} %{{customdata[0]}}<br>{score.name} %{{y:.1f}} {score.unit}<br>"
+                        "distance %{x:.2f}<extra></extra>")
+    return fig.update_layout(title=title, hovermode="closest", xaxis_title=DISTANCE, yaxis_title=score.label)
+
+
+def kind(baseline: str) -> str:
+    """Of a baseline at a strength: its name without the last word, the number.
+
+    >>> kind("interpolation 0.1"), kind("soup of 16")
+    ('interpolation', 'soup of')
+    """
+    return baseline.rpartition(" ")[0]
+
+
+def _points(fig: go.Figure, col: int, parts: Sequence[pd.DataFrame], score: scores.Score, name: str, marker: dict, mode: str) -> None:
+    values = [(score.scale * p[score.column], p.distance, str(p.method.iloc[0])) for p in parts]
+    y, x = [v.mean() for v, _, _ in values], [d.mean() for _, d, _ in values]
+    low, high = ([v.quantile(q) for v, _, _ in values] for q in (0.1, 0.9))
+    fig.add_scatter(
+        x=x, y=y, mode=mode, name=name, legendgroup=name, showlegend=col == 1, row=1, col=col, line={"width": 1, "color": marker["color"]},
+        marker={**marker, "size": 7 if mode == "lines+markers" else 11}, text=[m for _, _, m in values],
+        error_y={"type": "data", "array": [h - v for h, v in zip(high, y)], "arrayminus": [v - w for v, w in zip(y, low)],
+                 "thickness": 0.8, "width": 2, "color": marker["color"]},
+        hovertemplate=f"%{{text}}<br>{score.name} %{{y:.1f}} {score.unit}<br>distance %{{x:.2f}}<extra></extra>")
