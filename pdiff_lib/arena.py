@@ -22,11 +22,11 @@ from torch import Tensor
 
 from pdiff_lib import entrants
 from pdiff_lib.base.recipe import Recipe
-from pdiff_lib.base.runs import Store
+from pdiff_lib.base.runs import Store, tensor_digest
 from pdiff_lib.experiment import Experiment
 from pdiff_lib.generators import gpt
 from pdiff_lib.measures import novelty, similarity
-from pdiff_lib.networks import symmetry
+from pdiff_lib.networks import canonical, symmetry
 from pdiff_lib.tasks import task as tasks
 from pdiff_lib.zoos import paths, population
 from pdiff_lib.zoos.paths import Paths
@@ -72,7 +72,7 @@ class Arena:
         self._more: dict[str, Callable[[int], Any]] = {"G.pt": self._prompted} if moments and self.experiment.independent else {}
         self._entrants: dict[tuple[str, int], entrants.Entrants] = {}
         self._frames: dict[tuple[str, int, str], pd.DataFrame] = {}
-        self.entrants(ORDERS[self.units is None], 0)  # settings that no generator takes are said now
+        self.entrants(self.orders[0], 0)  # settings that no generator takes are said now
 
     def add(self, name: str, make: Callable[[int], Any]) -> None:
         """Let a generator of your own join.
@@ -108,10 +108,17 @@ class Arena:
 
     @cached_property
     def order(self) -> symmetry.Canonical | None:
-        """The canonical order of the originals (balanced, three rounds)."""
-        if self.units is None:
+        """The canonical order of the originals (balanced, three rounds). None where units are not understood, and where it makes no
+        difference: checkpoints of one training have their units in one order."""
+        if self.units is None or not self.experiment.independent:
             return None
-        return symmetry.Canonical(self.experiment._initial, balanced=True, rounds=3).fit(self._part(0))
+        made, theta = symmetry.Canonical(self.experiment._initial, balanced=True, rounds=3), self._part(0)
+        key = {"theta": tensor_digest(theta), "names": self.experiment.subset.names}
+        # Kept, as the last bits depend on how many threads there are, and everything that learns from it on the last bits.
+        stage = self.experiment.store.stage("canonical", key, lambda _: {"reference": made.fit(theta).reference, "theta": made.encode(theta)},
+                                            code=(symmetry, canonical))
+        made.reference, self._canonical = stage["reference"], stage["theta"]
+        return made
 
     def _part(self, which: int) -> Float[Tensor, "n D"]:
         return self.experiment.zoo.theta[self._split[which]]
@@ -120,11 +127,16 @@ class Arena:
         """The same functions in canonical order; as they are where there is none."""
         return theta if self.order is None else self.order.encode(theta)
 
+    @property
+    def orders(self) -> tuple[str, ...]:
+        """Those in which generators may see the originals."""
+        return ORDERS if self.units is not None and self.experiment.independent else ORDERS[1:]
+
     @cached_property
     def originals(self) -> dict[str, Float[Tensor, "K D"]]:
-        """The originals that generators learn from, by order: "canonical" (where there is one) and "raw"."""
-        theta = self._part(0)
-        return {**({} if self.order is None else {"canonical": self.canonical(theta)}), "raw": theta}
+        """The originals that generators learn from, by order."""
+        raw = {"raw": self._part(0)}
+        return raw if self.order is None else {"canonical": self._canonical, **raw}
 
     @cached_property
     def held(self) -> Float[Tensor, "H D"]:
@@ -156,6 +168,11 @@ class Arena:
         made = gpt.GPT(e.subset.sizes, e.device, e.progress, **{"generator_seed": seed, **self.settings.get("G.pt", {})})
         return entrants.Prompted(made, lambda: self.paths, self.starts)
 
+    @property
+    def baselines(self) -> list[str]:
+        """The methods that make the frontier."""
+        return list(entrants.frontier(self.experiment.subset.sizes, self.recipe.zoo.k_checkpoints))
+
     def scores(self, theta: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"]]:
         """Of any networks: on validation items, and on test items."""
         e = self.experiment
@@ -173,8 +190,7 @@ class Arena:
     @cached_property
     def reference(self) -> novelty.Reference:
         """The originals as the yardstick has them: in canonical order, with their test scores."""
-        home = self.originals["raw" if self.order is None else "canonical"]
-        return novelty.Reference.of(home, self.canonical(self.held), self._own_scores[1], self.units,
+        return novelty.Reference.of(self.originals[self.orders[0]], self.canonical(self.held), self._own_scores[1], self.units,
                                     better=self.experiment.task.score.better)
 
     @cached_property
@@ -187,9 +203,9 @@ class Arena:
         Raises:
             ValueError: an order that there is not for this zoo.
         """
-        if order not in ORDERS or (order == "canonical" and self.units is None):
-            raise ValueError(f"order is {order!r}: expected one of {ORDERS}; canonical only where the hidden units of the whole network "
-                             "are understood (networks.symmetry)")
+        if order not in self.orders:
+            raise ValueError(f"order is {order!r}: expected {' or '.join(map(repr, self.orders))}; canonical is for independent networks whose "
+                             "hidden units are all understood (networks.symmetry)")
         if (order, seed) not in self._entrants:
             r = dataclasses.replace(self.recipe, autoencoder=dataclasses.replace(self.recipe.autoencoder, pdiff_seed=seed))
             self._entrants[order, seed] = entrants.Entrants(
@@ -216,7 +232,7 @@ class Arena:
         return self.experiment.task.score.of_frame(pd.concat(parts, ignore_index=True))
 
     def _asked(self, names: Sequence[str] | None, orders: Sequence[str] | None) -> tuple[list[str], list[str]]:
-        orders = list(orders or self.originals)
+        orders = list(orders or self.orders)
         names = list(names or self.entrants(orders[0], 0).methods)
         for name in names:
             if name not in self.entrants(orders[0], 0).methods:
@@ -266,8 +282,8 @@ class Arena:
         return pd.DataFrame(rows)
 
     def _frontier(self, seed: int, without: str) -> list[tuple[Tensor, Tensor]]:
-        names = [name for name in entrants.frontier(self.experiment.subset.sizes) if name != without]
-        frame = self.frame(names, [next(iter(self.originals))], (seed,))
+        names = [name for name in self.baselines if name != without]
+        frame = self.frame(names, self.orders[:1], (seed,))
         column = self.experiment.task.score.column
         return [(torch.tensor(part.distance.to_numpy()), torch.tensor(part[column].to_numpy()))
                 for name, part in frame.groupby("method", sort=False) if name != HELD_OUT]

@@ -243,7 +243,7 @@ def split(settings: Mapping[str, Any], *sections: type) -> list[Any]:
     for name in settings:
         if name not in known:
             raise ValueError(unknown("setting", name, known))
-    return [c(**{n: v for n, v in settings.items() if known[n] is c}) for c in sections]
+    return [c(**{n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if known[n] is c}) for c in sections]
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:

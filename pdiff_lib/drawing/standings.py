@@ -12,12 +12,14 @@ from pdiff_lib.base import score as scores
 from pdiff_lib.drawing.palette import look
 
 DISTANCE = "distance to the nearest original (1 = the originals' own median)"
+WIDE, LEFT = 3.0, 0.05  # median distance from which on the axis is logarithmic; where that begins
 GREYS = ["#555555", "#888888", "#aaaaaa", "#777777", "#999999"]
 
 
 def standings(frame: pd.DataFrame, baselines: Sequence[str], bar: float, title: str) -> go.Figure:
-    """Score against relative distance, a point per method (the mean over its networks, whiskers from the 10th to the 90th percentile), a
-    panel per order of the hidden units.
+    """Score against relative distance, a point per method (the mean over its networks, whiskers of those that are no baselines from the 10th
+    to the 90th percentile), a panel per order of the hidden units. Where distances go over orders of magnitude their axis is
+    logarithmic, with what is at 0 at its left end; else what lies far beyond all others is named below the panel, not drawn.
 
     Args:
         frame: rows of `Arena.frame`; rows with order "" are drawn in every panel.
@@ -30,6 +32,8 @@ def standings(frame: pd.DataFrame, baselines: Sequence[str], bar: float, title: 
     names = [m for m in frame.method.unique() if m not in baselines]
     kinds = list(dict.fromkeys(kind(m) for m in baselines))
     fig = make_subplots(rows=1, cols=len(orders), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f"{o} order" for o in orders])
+    means = frame.groupby(["order", "method"], sort=False).distance.mean()
+    wide, right = means.median() > WIDE, 2.7 * max(1.0, means.median())
     for col, order in enumerate(orders, 1):
         part = pd.concat([frame[frame.order == order], everywhere])
         for i, group in enumerate(kinds):
@@ -39,9 +43,16 @@ def standings(frame: pd.DataFrame, baselines: Sequence[str], bar: float, title: 
         for i, name in enumerate(names):
             if (part.method == name).any():
                 _points(fig, col, [part[part.method == name]], score, name, look(i), "markers")
+        beyond = [f"{m} ({d:.3g})" for m, d in means[order].items() if d > right and not wide]
+        if beyond:
+            fig.add_annotation(text=f"farther: {', '.join(beyond)}", x=1, y=0, xref="x domain", yref="y domain", xanchor="right", yanchor="bottom",
+                               showarrow=False, font={"size": 10, "color": "#555"}, row=1, col=col)
         fig.add_hline(score.scale * bar, line={"dash": "dash", "width": 1, "color": "#555"}, row=1, col=col)
-    fig.update_layout(title=title, width=460 * len(orders) + 330, height=560, hovermode="closest", legend={"itemsizing": "constant"})
-    fig.update_xaxes(title=DISTANCE)
+    fig.update_layout(title=title, width=460 * len(orders) + 330, height=max(560, 130 + 20 * (len(kinds) + len(names))), hovermode="closest",
+                      legend={"itemsizing": "constant", "font": {"size": 11}, "tracegroupgap": 0})
+    if wide:
+        fig.for_each_trace(lambda t: t.update(x=[max(d, LEFT) for d in t.x]))
+    fig.update_xaxes(title=DISTANCE, **({"type": "log"} if wide else {"range": [-0.08, min(right, 1.08 * means.max())]}))
     return fig.update_yaxes(title=score.label, col=1)
 
 
@@ -76,9 +87,10 @@ def _points(fig: go.Figure, col: int, parts: Sequence[pd.DataFrame], score: scor
     values = [(score.scale * p[score.column], p.distance, str(p.method.iloc[0])) for p in parts]
     y, x = [v.mean() for v, _, _ in values], [d.mean() for _, d, _ in values]
     low, high = ([v.quantile(q) for v, _, _ in values] for q in (0.1, 0.9))
+    whiskers = {"type": "data", "array": [h - v for h, v in zip(high, y)], "arrayminus": [v - w for v, w in zip(y, low)],
+                "thickness": 0.8, "width": 2, "color": marker["color"]}
     fig.add_scatter(
         x=x, y=y, mode=mode, name=name, legendgroup=name, showlegend=col == 1, row=1, col=col, line={"width": 1, "color": marker["color"]},
         marker={**marker, "size": 7 if mode == "lines+markers" else 11}, text=[m for _, _, m in values],
-        error_y={"type": "data", "array": [h - v for h, v in zip(high, y)], "arrayminus": [v - w for v, w in zip(y, low)],
-                 "thickness": 0.8, "width": 2, "color": marker["color"]},
-        hovertemplate=f"%{{text}}<br>{score.name} %{{y:.1f}} {score.unit}<br>distance %{{x:.2f}}<extra></extra>")
+        customdata=x, error_y=whiskers if mode == "markers" else None,
+        hovertemplate=f"%{{text}}<br>{score.name} %{{y:.1f}} {score.unit}<br>distance %{{customdata:.2f}}<extra></extra>")

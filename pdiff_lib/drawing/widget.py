@@ -15,6 +15,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.basedatatypes import BaseTraceType
 
 from pdiff_lib.base import runs
 from pdiff_lib.drawing import plots
@@ -95,13 +96,21 @@ def show(figure: Figure, drawn: go.Figure) -> None:
         figure.data = figure.data[:len(drawn.data)]
     with figure.batch_update():
         for trace, new in zip(figure.data, drawn.data):
+            _emptied(new)
             trace.update(_differing(trace.to_plotly_json(), new.to_plotly_json()))
         for axis in set(figure.layout) - set(layout):
             if axis[1:5] == "axis":
                 figure.layout[axis] = None
         figure.layout.update(_differing(figure.layout.to_plotly_json(), layout), overwrite=True)
     if len(drawn.data) > old:
-        figure.add_traces(drawn.data[old:])
+        figure.add_traces([_emptied(new) for new in drawn.data[old:]])
+
+
+def _emptied(trace: BaseTraceType) -> BaseTraceType:
+    """Cells of a heatmap without a number as the browser knows them: NaN is no JSON."""
+    if trace.type == "heatmap" and isinstance(trace.z, np.ndarray) and trace.z.dtype.kind == "f" and np.isnan(trace.z).any():
+        trace.z = np.where(np.isnan(trace.z), None, trace.z)
+    return trace
 
 
 def _differing(old: dict, new: dict) -> dict:

@@ -9,7 +9,6 @@ import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
 
-from pdiff_lib import entrants
 from pdiff_lib.arena import HELD_OUT, Arena
 from pdiff_lib.drawing import plots
 from pdiff_lib.drawing.standings import kind
@@ -40,7 +39,7 @@ class Contest(widgets.VBox):
             raise ValueError("no arenas: expected at least one, by the name of its zoo")
         self.arenas, self.seed, self._quiet = dict(arenas), seed, False
         self.zoo = widgets.Dropdown(options=list(self.arenas), description="zoo", layout={"width": "300px"})
-        self.order = widgets.Dropdown(options=list(self.arena.originals), description="order", layout={"width": "200px"})
+        self.order = widgets.Dropdown(options=list(self.arena.orders), description="order", layout={"width": "200px"})
         self.generator = widgets.Dropdown(description="generator", layout={"width": "300px"})
         self.strength = widgets.SelectionSlider(options=["as it is"], description="strength", style=WIDE, layout={"width": "300px"})
         self.index = widgets.BoundedIntText(description="index", layout={"width": "170px"})
@@ -72,7 +71,7 @@ class Contest(widgets.VBox):
 
     def _enter(self, _change=None) -> None:
         order, self._quiet = self.order.value, True
-        self.order.options = list(self.arena.originals)
+        self.order.options = list(self.arena.orders)
         self.order.value = order if order in self.order.options else self.order.options[0]
         self._quiet = False
         self._fill()
@@ -82,7 +81,7 @@ class Contest(widgets.VBox):
         if self._quiet:
             return
         self.frame = self.arena.frame(orders=[self.order.value], seeds=(self.seed,))
-        self._strong = {name: kind(name) for name in entrants.frontier(self.arena.experiment.subset.sizes)}
+        self._strong = {name: kind(name) for name in self.arena.baselines}
         names, chosen = list(dict.fromkeys(self._strong.get(m, m) for m in self.frame.method if m != HELD_OUT)), self.generator.value
         self._quiet = True
         self.generator.options = [*names, HELD_OUT]

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from pdiff_lib.base import training, vectors
 from pdiff_lib.base.recipe import setting
-from pdiff_lib.base.runs import tensor_digest
 from pdiff_lib.generators import learned
 from pdiff_lib.generators.diffusion import Callback, randn
 

@@ -60,7 +60,9 @@ class Regression(Task):
             kind, *hidden = base.network.split("-")
             if kind != "mlp" or not hidden or not all(h.isdigit() and int(h) for h in hidden):
                 raise ValueError(f"network {base.network!r}: expected 'mlp-32-32', say, or package.module:function with task 'regression'")
-            return torchvision.ops.MLP(sizes["in_features"], [*map(int, hidden), 1])
+            net = torchvision.ops.MLP(sizes["in_features"], [*map(int, hidden), 1])
+            net.input_shape = (sizes["in_features"],)
+            return net
 
     def criterion(self, outputs: Float[Tensor, "B 1"], wanted: Float[Tensor, "B"]) -> Float[Tensor, ""]:
         """Mean squared error."""
