@@ -6,7 +6,6 @@ import html
 from collections.abc import Mapping
 
 import ipywidgets as widgets
-import pandas as pd
 import plotly.graph_objects as go
 
 from pdiff_lib.arena import HELD_OUT, Arena

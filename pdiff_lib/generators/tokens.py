@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 

@@ -11,11 +11,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from device import DEVICE
-from pdiff_lib.base import runs, training
+from pdiff_lib.base import training
 from pdiff_lib.base.runs import Store
 from pdiff_lib.generators import gpt
 from pdiff_lib.generators.gpt import GPT, Transformer
 from pdiff_lib.generators.tokens import Tokens
+from resumed import killed_and_resumed
 
 SMALL = {"steps": 4, "batch": 8, "width": 8, "layers": 1, "heads": 2, "token_length": 3, "T": 20, "sampler": "ddpm",
          "sampling_steps": 0}
@@ -344,22 +345,7 @@ def test_a_killed_training_resumes_to_the_bit(tmp_path, monkeypatch):
         return made(steps=9, ema=0.9, groups=groups).fit_paths(*paths(), store)
 
     want = fit()
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
-    saved = []
-
-    def save_and_die(self, state, save=runs.Checkpoint.save):
-        save(self, state)
-        saved.append(int(state["step"]))
-        if len(saved) == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(runs.Checkpoint, "save", save_and_die)
-        fit(Store(tmp_path))
-    steps, loop = [], training.loop
-    monkeypatch.setattr(training, "loop", lambda loss_at, *args, **kwargs: loop(
-        lambda i: (steps.append(i), loss_at(i))[1], *args, **kwargs))
-    resumed = fit(Store(tmp_path))
+    resumed, steps = killed_and_resumed(lambda: fit(Store(tmp_path)), monkeypatch, at=4)
     assert steps == [4, 5, 6, 7, 8] and torch.equal(resumed.losses, want.losses)
     for name, tensor in want.net.state_dict().items():
         assert torch.equal(resumed.net.state_dict()[name], tensor), name

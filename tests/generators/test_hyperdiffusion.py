@@ -6,10 +6,10 @@ from test_rpg import MLP, SIZES, accuracy, nearest, seeded, trainings, zoo
 from torch import nn
 
 from device import DEVICE
-from pdiff_lib.base import runs, training
 from pdiff_lib.base.runs import Store
 from pdiff_lib.generators import diffusion, targets
 from pdiff_lib.generators.hyperdiffusion import HyperDiffusion, TensorTransformer
+from resumed import killed_and_resumed
 
 SMALL = dict(width=16, blocks=1, heads=2, steps=3, lr=5e-3, sampling_steps=10)
 FIELD = (27 * 128, 128, 128 * 128, 128, 128 * 128, 128, 128, 1)  # the authors' occupancy field: 36,737 numbers
@@ -128,20 +128,7 @@ def test_scaling_is_by_the_vector_the_tensor_or_not_at_all():
 
 def test_a_killed_training_resumes_to_the_bit(tmp_path, monkeypatch):
     want = made(steps=9, ema=0.9).fit(zoo())
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
-
-    def save_and_die(self, state, save=runs.Checkpoint.save):
-        save(self, state)
-        if int(state["step"]) == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(runs.Checkpoint, "save", save_and_die)
-        made(steps=9, ema=0.9).fit(zoo(), Store(tmp_path))
-    steps, loop = [], training.loop
-    monkeypatch.setattr(training, "loop", lambda loss_at, *args, **kwargs: loop(
-        lambda i: (steps.append(i), loss_at(i))[1], *args, **kwargs))
-    resumed = made(steps=9, ema=0.9).fit(zoo(), Store(tmp_path))
+    resumed, steps = killed_and_resumed(lambda: made(steps=9, ema=0.9).fit(zoo(), Store(tmp_path)), monkeypatch, at=4)
     assert steps == [4, 5, 6, 7, 8] and torch.equal(resumed.losses, want.losses)
     assert torch.equal(resumed.sample(5, seeded()), want.sample(5, seeded()))
     made(steps=9, ema=0.9, sampling_steps=7, sampler="ddpm").fit(zoo(), Store(tmp_path))

@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from device import DEVICE
-from pdiff_lib.base import runs, training
 from pdiff_lib.base.runs import Store
 from pdiff_lib.generators import rpg
 from pdiff_lib.generators.rpg import RPG, Prototypes, TokenDenoiser
 from pdiff_lib.generators.tokens import Tokens
+from resumed import killed_and_resumed
 
 SIZES = (5, 3, 1)  # in tokens of 4: two, one, one
 SMALL = dict(token_length=4, width=16, layers=1, denoiser_channels=(4, 8, 4), T=1000, steps=3, lr=5e-3, sampling_steps=10)
@@ -243,21 +243,9 @@ def test_from_checkpoints_of_one_training_it_gives_networks_that_work():
 
 
 def test_a_killed_training_resumes_to_the_bit(tmp_path, monkeypatch):
-    want = made(steps=9, diffusion_tokens=7, ema=0.9).fit(zoo())
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
-
-    def save_and_die(self, state, save=runs.Checkpoint.save):
-        save(self, state)
-        if int(state["step"]) == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(runs.Checkpoint, "save", save_and_die)
-        made(steps=9, diffusion_tokens=7, ema=0.9).fit(zoo(), Store(tmp_path))
-    steps, loop = [], training.loop
-    monkeypatch.setattr(training, "loop", lambda loss_at, *args, **kwargs: loop(
-        lambda i: (steps.append(i), loss_at(i))[1], *args, **kwargs))
-    resumed = made(steps=9, diffusion_tokens=7, ema=0.9).fit(zoo(), Store(tmp_path))
+    how = {"steps": 9, "diffusion_tokens": 7, "ema": 0.9}
+    want = made(**how).fit(zoo())
+    resumed, steps = killed_and_resumed(lambda: made(**how).fit(zoo(), Store(tmp_path)), monkeypatch, at=4)
     assert steps == [4, 5, 6, 7, 8] and torch.equal(resumed.losses, want.losses)
     assert torch.equal(resumed.sample(5, seeded()), want.sample(5, seeded()))
     made(steps=9, diffusion_tokens=7, ema=0.9, sampling_steps=7, sampler="ddim").fit(zoo(), Store(tmp_path))

@@ -12,12 +12,12 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KernelDensity
 from torch import nn
 
-from pdiff_lib.base import runs, training
 from pdiff_lib.base.runs import Store
 from pdiff_lib.generators import kde
 from pdiff_lib.generators.coded import Coded
 from pdiff_lib.generators.sane import SANE, HyperRep, masked_mse, nt_xent, permuted
 from pdiff_lib.networks import subset, symmetry
+from resumed import killed_and_resumed
 
 SHAPES = ((10, 64), (10,), (10, 10), (10,))  # an MLP 64-10-10
 UNITS = torch.stack([torch.cat([torch.arange(64) + 64 * u, torch.tensor([640 + u]), 650 + 10 * torch.arange(10) + u]) for u in range(10)])
@@ -354,20 +354,7 @@ def test_one_training_serves_every_way_of_sampling(tmp_path):
 def test_a_killed_training_resumes_to_the_bit(kind, tmp_path, monkeypatch):
     theta, changes = zoo()[:12], {"steps": 7, "ema": 0.9}
     want = made(kind, **changes).fit(theta)
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
-
-    def save_and_die(self, state, save=runs.Checkpoint.save):
-        save(self, state)
-        if int(state["step"]) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(runs.Checkpoint, "save", save_and_die)
-        made(kind, **changes).fit(theta, Store(tmp_path))
-    steps, loop = [], training.loop
-    monkeypatch.setattr(training, "loop", lambda loss_at, *args, **kwargs: loop(
-        lambda i: (steps.append(i), loss_at(i))[1], *args, **kwargs))
-    resumed = made(kind, **changes).fit(theta, Store(tmp_path))
+    resumed, steps = killed_and_resumed(lambda: made(kind, **changes).fit(theta, Store(tmp_path)), monkeypatch, at=3)
     assert steps == [3, 4, 5, 6] and torch.equal(resumed.losses, want.losses) and resumed.fingerprint == want.fingerprint
     assert torch.equal(resumed.sample(3, seeded()), want.sample(3, seeded()))
 
