@@ -188,7 +188,7 @@ HEAVY = {"torch", "torchvision", "timm", "plotly", "pandas", "numpy", "pyarrow",
     "args, code, says",
     [
         (["--help"], 0, "Run a notebook with papermill"),
-        (["data"], 0, "digits        10 classes"),
+        (["data"], 0, "digits           10 classes"),
         (["run", "00_quickstart", "-p", "k_checkpoint", "5"], 1, "did you mean 'k_checkpoints'?"),
     ],
 )
