@@ -175,6 +175,18 @@ def beside() -> str:
         [f"three-layer CNN: here, MNIST (originals' mean {100 * mean:.2f})", *ours(mnist)]])
 
 
+def how_many() -> str:
+    """The record of 71_how_many: each method's accuracy, and at which distance, against K."""
+    numbers = records()["digits-71"]["numbers"]
+    ks = sorted({int(k) for of in numbers.values() for k in of})
+    body = []
+    for name, of in numbers.items():
+        cells = [of.get(str(k)) for k in ks]
+        body.append([name, *("" if c is None else f"{number(100 * c['score'], 1)} at {number(c['distance'], 2)}" for c in cells),
+                     "" if cells[-1] is None else number(cells[-1]["z_u"], 1), "" if cells[-1] is None else number(cells[-1]["spread"], 2)])
+    return rows(["order, method", *(f"K = {k:,}" for k in ks), f"Z_U at {ks[-1]:,}", f"spread at {ks[-1]:,}"], body)
+
+
 def front() -> str:
     """The root README's table: mean accuracies of the main runs."""
     def line(name: str, what: str, seeds: int, methods: dict[str, dict[str, float]]) -> list[Any]:
@@ -213,7 +225,7 @@ def index() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in CELLS}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
-    "beside": beside, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
+    "beside": beside, "how-many": how_many, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
 
 

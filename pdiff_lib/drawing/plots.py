@@ -166,7 +166,7 @@ def facets(frame: pd.DataFrame, x: str, y: str, facet: str | None, title: str, *
                 hovertemplate=f"{method}<br>{x} %{{x}}<br>%{{y:.4g}} +- %{{customdata[0]:.2g}} (%{{customdata[1]}} networks)"
                               "<extra></extra>")
     fig.update_layout(title=title, width=1120, height=160 + 300 * down, margin={"t": 100, "b": 75, "l": 95},
-                      legend={"title": "networks"})
+                      legend={"title": "networks", "tracegroupgap": 0})
     _common_titles(fig)
     values = sorted(set(frame[x]))
     if named:  # the title below the names, however long they are
