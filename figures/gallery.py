@@ -176,8 +176,9 @@ def beside() -> str:
 
 
 def how_many() -> str:
-    """The record of 71_how_many: each method's accuracy, and at which distance, against K."""
-    numbers = records()["digits-71"]["numbers"]
+    """The records of 71_how_many: each method's accuracy, and at which distance, against K."""
+    most = records()["digits-71-8192"]["numbers"]
+    numbers = {name: {**of, **most.get(name, {})} for name, of in records()["digits-71"]["numbers"].items()}
     ks = sorted({int(k) for of in numbers.values() for k in of})
     body = []
     for name, of in numbers.items():
