@@ -61,14 +61,13 @@ class Arena:
         if held_out < 2 or total < k + held_out:
             raise ValueError(f"pool = {pool} with k_checkpoints = {k} and held_out = {held_out}: expected at least 2 networks held out, and "
                              "a pool of at least both together (0: just these)")
-        self.recipe, self.held_out, self.settings = recipe, held_out, entrants.check(settings or {})
+        self.recipe, self.held_out, self.moments, self.settings = recipe, held_out, moments, entrants.check(settings or {})
         self._shared = {} if shared is None else shared
         whole = dataclasses.replace(recipe, zoo=dataclasses.replace(recipe.zoo, k_checkpoints=total))
         self._how = {"store": store or Store(), "device": device, "progress": progress, "shared": self._shared}
         if ("arena", whole) not in self._shared:
             self._shared["arena", whole] = Experiment(whole, **self._how)
         self.experiment: Experiment = self._shared["arena", whole]
-        self.moments = moments
         self._more: dict[str, Callable[[int], Any]] = {"G.pt": self._prompted} if moments and self.experiment.independent else {}
         self._entrants: dict[tuple[str, int], entrants.Entrants] = {}
         self._frames: dict[tuple[str, int, str], pd.DataFrame] = {}
@@ -84,13 +83,9 @@ class Arena:
         Raises:
             ValueError: a name that is taken, or an object without these two.
         """
+        for (_, seed), e in self._entrants.items():
+            e.add(name, make(seed))
         self._more[name] = make
-        try:
-            for (_, seed), e in self._entrants.items():
-                e.add(name, make(seed))
-        except ValueError:
-            del self._more[name]
-            raise
 
     @cached_property
     def _split(self) -> tuple[Int64[Tensor, "K"], Int64[Tensor, "H"]]:
@@ -175,17 +170,18 @@ class Arena:
 
     def scores(self, theta: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"]]:
         """Of any networks: on validation items, and on test items."""
+        outputs = self.experiment.predictions_of(theta)
+        return self._judged(outputs, 0).score, self._judged(outputs, 1).score
+
+    def _judged(self, outputs: Tensor, half: int) -> tasks.Judged:
         e = self.experiment
-        outputs, own = e.predictions_of(theta), e.predictions_of(self._part(0)) if e.task.relative else None
-        validation, test = (e.task.judged(outputs, own, items).score for items in tasks.halves(len(e.task.x_test)))
-        return validation, test
+        own = e.predictions_of(self._part(0)) if e.task.relative else None
+        return e.task.judged(outputs, own, tasks.halves(len(e.task.x_test))[half])
 
     def judge(self, theta: Float[Tensor, "m D"]) -> Float[Tensor, "m"]:
         """The score on validation items alone, of passing networks: nothing of it is kept."""
-        e = self.experiment
-        own = e.predictions_of(self._part(0)) if e.task.relative else None
-        score = e.task.judged(e.predictor(theta), own, tasks.halves(len(e.task.x_test))[0]).score
-        return score if e.task.score.better == "higher" else -score
+        score = self._judged(self.experiment.predictor(theta), 0).score
+        return score if self.experiment.task.score.better == "higher" else -score
 
     @cached_property
     def reference(self) -> novelty.Reference:
@@ -221,7 +217,7 @@ class Arena:
         meaning). The held-out originals are a method of their own, with order "" and seed -1: new networks that work.
         """
         names, orders = self._asked(names, orders)
-        parts = [self._rows(HELD_OUT, "", -1, self.held)]
+        parts = [self._held_rows]
         for order in orders:
             for seed in seeds:
                 e = self.entrants(order, seed)
@@ -239,26 +235,32 @@ class Arena:
                 raise ValueError(f"no method {name!r}: expected one of {', '.join(self.entrants(orders[0], 0).methods)}")
         return names, orders
 
+    @cached_property
+    def _held_rows(self) -> pd.DataFrame:
+        return self._rows(HELD_OUT, "", -1, self.held)
+
     def _rows(self, name: str, order: str, seed: int, theta: Float[Tensor, "M D"]) -> pd.DataFrame:
         validation, test = self.scores(theta)
         distance, nearest = novelty.matched_distances(self.canonical(theta), self.reference.originals, self.units)
         similar = torch.full((len(theta),), torch.nan)
         if (wrong := self._wrong(theta)) is not None:
-            similar = similarity.maximum(wrong, self._wrong(self._part(0)))
+            similar = similarity.maximum(wrong, self._own_wrong)
         return pd.DataFrame({
             "method": name, "order": order, "seed": seed, "index": range(len(theta)), self.experiment.task.score.column: test.numpy(),
             "validation": validation.numpy(), "distance": (distance / self.reference.unit).cpu().numpy(), "nearest": nearest.cpu().numpy(),
             "nearest_score": self._own_scores[1][nearest.cpu()].numpy(), "max_similarity": similar.numpy()})
 
+    @cached_property
+    def _own_wrong(self) -> Tensor | None:
+        return self._wrong(self._part(0))
+
     def _wrong(self, theta: Float[Tensor, "M D"]) -> Tensor | None:
-        e = self.experiment
-        outputs, own = e.predictions_of(theta), e.predictions_of(self._part(0)) if e.task.relative else None
-        return e.task.judged(outputs, own, tasks.halves(len(e.task.x_test))[1]).wrong
+        return self._judged(self.experiment.predictions_of(theta), 1).wrong
 
     def table(self, names: Sequence[str] | None = None, orders: Sequence[str] | None = None, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
         """A row per method, order and seed: everything the yardstick says.
 
-        Columns: those of `novelty.Reference.measure`; `nearest_score` (mean); `max_similarity` (mean) and `pairwise`; `above`,
+        Columns: `n` networks; those of `novelty.Reference.measure`; `nearest_score` (mean); `max_similarity` (mean) and `pairwise`; `above`,
         `above_low`, `above_high`: score above the frontier of the baselines in canonical order (raw, where there is none) at equal
         distance, same seed, with its 95 % interval; a baseline is held against the others of them.
         """
@@ -275,7 +277,7 @@ class Arena:
             wrong = self._wrong(theta)
             above = novelty.above_frontier(score, distance, self._frontier(max(seed, 0), without=method),
                                            better=self.experiment.task.score.better)
-            rows.append({"method": method, "order": order, "seed": seed, **measured, "nearest_score": part.nearest_score.mean(),
+            rows.append({"method": method, "order": order, "seed": seed, "n": len(theta), **measured, "nearest_score": part.nearest_score.mean(),
                          "max_similarity": part.max_similarity.mean(),
                          "pairwise": float("nan") if wrong is None else similarity.pairwise(wrong),
                          "above": above.value, "above_low": above.low, "above_high": above.high})

@@ -149,6 +149,17 @@ def test_a_generator_of_ones_own_joins_by_one_line(store):
         with pytest.raises(ValueError, match=message):
             arena.add(name, make)
     assert "x" not in arena.entrants("raw", 9).methods
+    with pytest.raises(ValueError, match="there is a method 'G.pt' already"):
+        (with_paths := made(store)).add("G.pt", lambda seed: Twins(arena.units))
+    assert "G.pt" in with_paths.entrants("raw", 9).methods  # what was refused takes nothing away
+
+
+def test_held_out_networks_are_measured_once(store, monkeypatch):
+    arena, calls, plain = made(store, moments=0), [], novelty.matched_distances
+    arena.reference
+    monkeypatch.setattr(novelty, "matched_distances", lambda theta, *rest: (calls.append(len(theta)), plain(theta, *rest))[1])
+    table = arena.table(["copy", "gaussian 1"], ["canonical"])
+    assert calls.count(HELD) == 1 and table.n.tolist() == [HELD, SAMPLES, SAMPLES]
 
 
 def test_a_task_that_is_no_classification(store):

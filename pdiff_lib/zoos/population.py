@@ -119,7 +119,8 @@ def check(net: nn.Module, base: recipe.Base) -> None:
 
 
 def train(nets: Sequence[nn.Module], images: data.Images | Task, seeds: Sequence[int], *, at_once: int | None = None,
-          moments: Int64[Tensor, "K S"] | None = None, path: Float[Tensor, "K S D"] | None = None, checkpoint: Checkpoint | None = None, device: str | torch.device | None = None, progress: bool = True,
+          moments: Int64[Tensor, "K S"] | None = None, path: Float[Tensor, "K S D"] | None = None,
+          checkpoint: Checkpoint | None = None, device: str | torch.device | None = None, progress: bool = True,
           desc: str = "", **settings) -> Float[Tensor, "K steps"]:
     """Train networks of one kind together, in place: each as `zoo.train` would with its own seed.
 
@@ -206,7 +207,7 @@ def _parts(networks: int, at_once: int) -> list[slice]:
 def _at_once(net: nn.Module, device: torch.device) -> int:
     """Networks per vmap: of small ones many, whose matrix products would not fill even one core. On a CPU a vmap over
     convolutions is a slow grouped convolution (0.3 to 0.8 times as fast as one network after the other), while one over matrix
-    products of small batches is 1.3 to 1.4 times as fast, and 100 times for the smallest: tests/benchmarks/bench_population.py."""
+    products of small batches is 1.3 to 1.4 times as fast, and 18 times for the smallest: tests/benchmarks/bench_population.py."""
     numel = sum(p.numel() for p in net.parameters())
     if device.type == "cuda":
         return max(64, min(4096, 2**25 // numel))
