@@ -24,18 +24,19 @@ FAMILIES = {"p-diff": None, "flow": flow.Flow, "SANE": sane.SANE, "hyper-rep": s
             "HyperDiffusion": hyperdiffusion.HyperDiffusion, "G.pt": gpt.GPT}
 
 
-def frontier(sizes: Sequence[int], k: int) -> dict[str, baselines.Baseline]:
+def frontier(sizes: Sequence[int], k: int) -> dict[str, Any]:
     """The baselines, each at several strengths: what a generator has to lie above at equal distance.
 
     Args:
         sizes: lengths of the tensors in a vector.
-        k: how many originals there are; soups are of no more.
+        k: how many originals there are; soups are of no more, and principal components fewer.
     """
     return {**{f"interpolation {at:g}": baselines.Interpolation(at) for at in (0.1, 0.2, 0.3, 0.4, 0.5)},
             **{f"soup of {size}": baselines.SubsetAverage(size) for size in (4, 16) if size <= k},
             **{f"gaussian {scale:g}": baselines.Gaussian(scale) for scale in (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)},
             **{f"noise {scale:g}": baselines.Noise(scale, sizes) for scale in (0.1, 0.3, 0.5, 1.0, 2.0)},
-            **{f"SWAG {scale:g}": baselines.SWAG(scale=scale) for scale in (0.5, 1.0)}}
+            **{f"SWAG {scale:g}": baselines.SWAG(scale=scale) for scale in (0.5, 1.0)},
+            "PCA-Gaussian": coded.Coded(baselines.Gaussian(), coded.PCA(min(32, k - 1)))}
 
 
 class Entrants(Experiment):
@@ -83,7 +84,6 @@ class Entrants(Experiment):
                      ("hyper-rep", "KDE30", "fixed"), ("hyper-rep", "KDE30", "independent"), ("SANE", "KDE30", "fixed"),
                      ("SANE", "KDE30", "independent"), ("SANE", "SUB", "independent"), ("SANE", "BOOT", "independent"))]
         return {"copy": baselines.Copy(), "average": baselines.WeightAverage(), **frontier(sizes, self.k),
-                "PCA-Gaussian": coded.Coded(baselines.Gaussian(), coded.PCA(min(32, self.k - 1))),
                 PDIFF: self.pdiff(**given.get(PDIFF, {})),
                 "flow": made("flow", sizes),
                 **{name: made(family, shapes, groups, self._judge, **how) for name, family, how in hyper},

@@ -23,7 +23,6 @@ from pdiff_lib.generators.diffusion import Callback, randn
 Velocity = Callable[[Float[Tensor, "B D"], Float[Tensor, "B"]], Float[Tensor, "B D"]]
 
 TIME_FEATURES = 64
-SAMPLING = ("solver", "solver_steps")  # settings that training does not depend on
 
 
 def euler(velocity: Velocity, x: Float[Tensor, "B D"], steps: int, callback: Callback | None = None,
@@ -144,6 +143,7 @@ class Flow(learned.Learned):
     """
 
     Settings = Settings
+    SAMPLING = ("solver", "solver_steps")
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {"DeepWeightFlow": {
         "steps": 30_000, "batch": 8, "lr": 5e-4, "weight_decay": 1e-5, "width": 512, "standardise": False, "source_std": 0.01,
         "coupling": "pool", "solver": "rk4", "solver_steps": 100}}
@@ -158,9 +158,6 @@ class Flow(learned.Learned):
 
     def _build(self) -> VelocityMLP:
         return VelocityMLP(self.numel, self.settings.width, self.settings.blocks)
-
-    def _key(self, theta: Float[Tensor, "K D"]) -> dict[str, Any]:
-        return {name: value for name, value in super()._key(theta).items() if name not in SAMPLING}
 
     def _pairs(self, g: torch.Generator) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
         """x0 and x1 of a batch."""

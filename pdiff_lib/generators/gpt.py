@@ -161,6 +161,7 @@ class GPT(learned.Learned):
 
     conditional = True
     Settings = Settings
+    SAMPLING = ("sampler", "sampling_steps")
     SIZES = {  # steps: the authors' epochs, each of as many pairs as they take from their runs
         "mnist": {"token_length": 1000, "width": 1536, "layers": 12, "heads": 16, "steps": 178_000, "batch": 1024, "lr": 4e-4,
                   "weight_decay": 0.1, "ema": 0.9999, "sampler": "ddpm", "sampling_steps": 0},
@@ -206,9 +207,7 @@ class GPT(learned.Learned):
         self.theta, self.scale = theta, STD / float(theta.std())
 
     def _key(self, theta: Float[Tensor, "K D"]) -> dict[str, Any]:
-        key = super()._key(theta)
-        del key["sampler"], key["sampling_steps"]  # nothing is trained anew for them
-        return {**key, "groups": [tensor_digest(g) for g in self.groups]}
+        return {**super()._key(theta), "groups": [tensor_digest(g) for g in self.groups]}
 
     @property
     def fingerprint(self) -> dict[str, Any]:

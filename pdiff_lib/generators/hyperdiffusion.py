@@ -99,6 +99,7 @@ class HyperDiffusion(learned.Learned):
     """
 
     Settings = Settings
+    SAMPLING = ("sampler", "sampling_steps")
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "planes": dict(width=2880, blocks=12, heads=16, batch=32, lr=2e-4, steps=516_000, scaling="none"),
         "animals": dict(width=1440, blocks=12, heads=16, batch=32, lr=5e-5, lr_schedule="constant", scaling="none"),
@@ -123,9 +124,6 @@ class HyperDiffusion(learned.Learned):
     def _build(self) -> nn.Module:
         s = self.settings
         return TensorTransformer(self.sizes or (self.numel,), s.width, s.blocks, s.heads)
-
-    def _key(self, theta: Float[Tensor, "K D"]) -> dict[str, Any]:
-        return {k: v for k, v in super()._key(theta).items() if k not in ("sampler", "sampling_steps")}
 
     @property
     def fingerprint(self) -> dict[str, Any]:

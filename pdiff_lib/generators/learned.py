@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +35,8 @@ class Training(recipe.Section):
 class Learned:
     """A generator with one trained network: `fit` on parameter vectors, `sample` new ones. Derived classes have
 
-    - `Settings`, a section of settings derived from `Training`, and `SIZES`, the authors' settings by name;
+    - `Settings`, a section of settings derived from `Training`, `SAMPLING`, the names of those that sampling alone depends on, and
+      `SIZES`, the authors' settings by name;
     - `_prepare(theta)`: learns statistics, keeps what the loss needs; raises what cannot be learned from;
     - `_build()`: the untrained network (global random numbers are seeded);
     - `_loss(net, step, g)`: the loss of a training step; g: random numbers of that step, on the device;
@@ -57,6 +58,7 @@ class Learned:
 
     conditional = False
     Settings: ClassVar[type[Training]] = Training
+    SAMPLING: ClassVar[Collection[str]] = ()
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
     CODE: ClassVar[tuple[Any, ...]] = ()  # what training and sampling depend on, beside the class's own module
 
@@ -120,7 +122,7 @@ class Learned:
     def _key(self, theta: Float[Tensor, "K D"]) -> dict[str, Any]:
         more = {} if self.condition is None else {"condition": tensor_digest(self.condition)}
         return {"theta": self.theta_digest, "sizes": self.sizes, "device": self.device.type, **more,
-                **dataclasses.asdict(self.settings)}
+                **{name: value for name, value in dataclasses.asdict(self.settings).items() if name not in self.SAMPLING}}
 
     def _train(self, net: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
         s = self.settings

@@ -137,6 +137,7 @@ class RPG(learned.Learned):
     """
 
     Settings = Settings
+    SAMPLING = ("sampler", "sampling_steps")
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "ResNet-18": dict(token_length=8192, width=8192, recurrence="mamba2", mamba_state=128, diffusion_tokens=1024, batch=8,
                           steps=80_000, lr=3e-5, sampling_steps=0),
@@ -175,9 +176,6 @@ class RPG(learned.Learned):
         answer = (nn.Linear(s.width, s.token_length) if s.prototype_only
                   else TokenDenoiser(s.token_length, s.width, s.denoiser_channels))
         return nn.ModuleDict({"prototypes": Prototypes(self.tokens, len(self.x), s), "answer": answer})
-
-    def _key(self, theta: Float[Tensor, "K D"]) -> dict[str, Any]:
-        return {k: v for k, v in super()._key(theta).items() if k not in ("sampler", "sampling_steps")}
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class AttentionAutoencoder(nn.Module):
 class _Hyper(learned.Learned):
     """What both have in common; derived classes say how much of a network is seen at once, and which shape latents have."""
 
+    SAMPLING = tuple(f.name for f in dataclasses.fields(kde.Sampling))  # one training serves every way of sampling
     CODE: ClassVar[tuple[Any, ...]] = (tokens, vectors.Standardiser)
     whole: ClassVar[bool]
 
@@ -212,9 +213,7 @@ class _Hyper(learned.Learned):
         return kde.sample(self.z, n, self.settings, self._decode, self.judge, generator)
 
     def _key(self, theta: Float[Tensor, "K D"]) -> dict[str, Any]:
-        drawing = {f.name for f in dataclasses.fields(kde.Sampling)}  # one training serves every way of sampling
-        return {"shapes": self.shapes, "groups": [tensor_digest(group) for group in self.groups],
-                **{name: value for name, value in super()._key(theta).items() if name not in drawing}}
+        return {**super()._key(theta), "shapes": self.shapes, "groups": [tensor_digest(group) for group in self.groups]}
 
     @property
     def fingerprint(self) -> dict[str, Any]:
