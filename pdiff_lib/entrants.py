@@ -13,14 +13,14 @@ from torch import Tensor
 from pdiff_lib.base import recipe
 from pdiff_lib.base.runs import Store
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
-from pdiff_lib.generators import baselines, coded, flow, gpt, hyperdiffusion, rpg, sane
+from pdiff_lib.generators import baselines, coded, equivariant, flow, gpt, hyperdiffusion, rpg, sane
 from pdiff_lib.networks import symmetry
 from pdiff_lib.zoos.paths import Paths
 from pdiff_lib.zoos.zoo import Zoo
 
 Settings = Mapping[str, Mapping[str, Any]]
 # Settings of each kind of generator that are named; where none are, its own defaults.
-FAMILIES = {"p-diff": None, "flow": flow.Flow, "SANE": sane.SANE, "hyper-rep": sane.HyperRep, "RPG": rpg.RPG,
+FAMILIES = {"p-diff": None, "flow": flow.Flow, "unit flow": equivariant.UnitFlow, "SANE": sane.SANE, "hyper-rep": sane.HyperRep, "RPG": rpg.RPG,
             "HyperDiffusion": hyperdiffusion.HyperDiffusion, "G.pt": gpt.GPT}
 
 
@@ -85,7 +85,7 @@ class Entrants(Experiment):
                      ("SANE", "KDE30", "independent"), ("SANE", "SUB", "independent"), ("SANE", "BOOT", "independent"))]
         return {"copy": baselines.Copy(), "average": baselines.WeightAverage(), **frontier(sizes, self.k),
                 PDIFF: self.pdiff(**given.get(PDIFF, {})),
-                "flow": made("flow", sizes),
+                "flow": made("flow", sizes), **({"unit flow": made("unit flow", sizes, groups)} if groups else {}),
                 **{name: made(family, shapes, groups, self._judge, **how) for name, family, how in hyper},
                 "RPG": made("RPG", sizes), "RPG, prototype alone": made("RPG", sizes, prototype_only=True),
                 "HyperDiffusion": made("HyperDiffusion", sizes),
