@@ -19,9 +19,10 @@ from pdiff_lib.zoos.paths import Paths
 from pdiff_lib.zoos.zoo import Zoo
 
 Settings = Mapping[str, Mapping[str, Any]]
+COOLER = (0.7, 0.4, 0.2)  # temperatures at which flows are sampled as well
 # Settings of each kind of generator that are named; where none are, its own defaults.
-FAMILIES = {"p-diff": None, "flow": flow.Flow, "unit flow": equivariant.UnitFlow, "SANE": sane.SANE, "hyper-rep": sane.HyperRep, "RPG": rpg.RPG,
-            "HyperDiffusion": hyperdiffusion.HyperDiffusion, "G.pt": gpt.GPT}
+FAMILIES = {"p-diff": None, "flow": flow.Flow, "unit flow": equivariant.UnitFlow, "SANE": sane.SANE, "hyper-rep": sane.HyperRep,
+            "RPG": rpg.RPG, "HyperDiffusion": hyperdiffusion.HyperDiffusion, "G.pt": gpt.GPT}
 
 
 def frontier(sizes: Sequence[int], k: int) -> dict[str, Any]:
@@ -85,7 +86,9 @@ class Entrants(Experiment):
                      ("SANE", "KDE30", "independent"), ("SANE", "SUB", "independent"), ("SANE", "BOOT", "independent"))]
         return {"copy": baselines.Copy(), "average": baselines.WeightAverage(), **frontier(sizes, self.k),
                 PDIFF: self.pdiff(**given.get(PDIFF, {})),
-                "flow": made("flow", sizes), **({"unit flow": made("unit flow", sizes, groups)} if groups else {}),
+                "flow": made("flow", sizes), **{f"flow {t:g}": made("flow", sizes, temperature=t) for t in COOLER},
+                **({"unit flow": made("unit flow", sizes, groups),
+                    **{f"unit flow {t:g}": made("unit flow", sizes, groups, temperature=t) for t in COOLER}} if groups else {}),
                 **{name: made(family, shapes, groups, self._judge, **how) for name, family, how in hyper},
                 "RPG": made("RPG", sizes), "RPG, prototype alone": made("RPG", sizes, prototype_only=True),
                 "HyperDiffusion": made("HyperDiffusion", sizes),

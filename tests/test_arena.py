@@ -21,7 +21,8 @@ SETTINGS = {"dataset": "digits", "image_size": 8, "train_images": 100, "test_ima
             "zoo_mode": "independent", "k_checkpoints": K, "base_epochs": 8, "base_batch": 20, "base_lr": 2e-2, "crop_scale": 1.0, "flip": False,
             "zoo_batch": 20, "zoo_lr": 1e-3, "ae_kind": "pca", "latent_dim": 5, "denoiser_kind": "mlp", "mlp_width": 8, "diffusion_steps": 3, "T": 10,
             "sampler": "ddim", "sampling_steps": 5, "samples": SAMPLES}
-TINY = {"flow": {"steps": 3, "width": 8, "blocks": 1, "solver_steps": 3}, "SANE": {"steps": 3, "width": 8, "heads": 2, "candidates": 2, "rounds": 1},
+TINY = {**{name: {"steps": 3, "width": 8, "blocks": 1, "solver_steps": 3} for name in ("flow", "unit flow")},
+        "SANE": {"steps": 3, "width": 8, "heads": 2, "candidates": 2, "rounds": 1},
         "hyper-rep": {"steps": 3, "width": 8, "heads": 2}, "RPG": {"steps": 3, "width": 8, "denoiser_channels": [2, 2, 2], "sampling_steps": 3},
         "HyperDiffusion": {"steps": 3, "width": 16, "sampling_steps": 3}, "G.pt": {"steps": 3, "width": 16, "layers": 1, "heads": 2, "sampling_steps": 3}}
 

@@ -118,7 +118,8 @@ class Settings(learned.Training):
     """`width`, `blocks`: of the network. `standardise`: learn vectors from which the mean vector is taken, each tensor divided by its
     own standard deviation (`vectors.Standardiser`, "vector"); else raw ones. `source_std`: of the noise at t = 0, in the units of
     what is learned. `coupling`: the noise that a vector is paired with at a visit: "fresh" (new), "pool" (one of as many as there are
-    vectors, drawn once) or "fixed" (its own, drawn once). `solver`, `solver_steps`: of sampling; training does not depend on them."""
+    vectors, drawn once) or "fixed" (its own, drawn once). Of sampling, training does not depend on them: `solver`, `solver_steps`, and
+    `temperature`, which the noise is multiplied with (below 1: nearer to the centre of what was learned, less diverse)."""
 
     width: int = setting(768, 1)
     blocks: int = setting(3, 1)
@@ -127,6 +128,7 @@ class Settings(learned.Training):
     coupling: str = setting("fresh", choices=("fresh", "pool", "fixed"))
     solver: str = setting("midpoint", choices=tuple(SOLVERS))
     solver_steps: int = setting(50, 1)
+    temperature: float = setting(1.0, 0.0)
 
 
 class Flow(learned.Learned):
@@ -143,7 +145,7 @@ class Flow(learned.Learned):
     """
 
     Settings = Settings
-    SAMPLING = ("solver", "solver_steps")
+    SAMPLING = ("solver", "solver_steps", "temperature")
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {"DeepWeightFlow": {
         "steps": 30_000, "batch": 8, "lr": 5e-4, "weight_decay": 1e-5, "width": 512, "standardise": False, "source_std": 0.01,
         "coupling": "pool", "solver": "rk4", "solver_steps": 100}}
@@ -176,7 +178,7 @@ class Flow(learned.Learned):
 
     def _draw(self, n: int, generator: torch.Generator | None, condition: Tensor | None = None,
               callback: Callback | None = None) -> Float[Tensor, "n D"]:
-        x = self.settings.source_std * randn((n, self.numel), self.device, generator)
+        x = self.settings.temperature * self.settings.source_std * randn((n, self.numel), self.device, generator)
         if callback is not None:
             callback(self.settings.solver_steps, x)
         return self._raw(SOLVERS[self.settings.solver](self.net, x, self.settings.solver_steps, callback, self.progress))

@@ -13,7 +13,7 @@ from pdiff_lib.base.runs import Store
 SETTINGS = {"dataset": "digits", "image_size": 8, "train_images": 100, "test_images": 100, "network": "mlp-4", "pretrained": False, "subset": "all",
             "zoo_mode": "independent", "k_checkpoints": 8, "base_epochs": 3, "base_batch": 20, "crop_scale": 1.0, "flip": False, "zoo_batch": 20,
             "ae_kind": "pca", "latent_dim": 5, "denoiser_kind": "mlp", "mlp_width": 8, "diffusion_steps": 3, "T": 10, "samples": 4}
-TINY = {"flow": {"steps": 2, "width": 8}, "SANE": {"steps": 2, "width": 8, "candidates": 2, "rounds": 1}, "hyper-rep": {"steps": 2, "width": 8},
+TINY = {**{name: {"steps": 2, "width": 8} for name in ("flow", "unit flow", "hyper-rep")}, "SANE": {"steps": 2, "width": 8, "candidates": 2, "rounds": 1},
         "RPG": {"steps": 2, "width": 8, "denoiser_channels": [2, 2, 2], "sampling_steps": 2}, "HyperDiffusion": {"steps": 2, "width": 16, "sampling_steps": 2}}
 
 

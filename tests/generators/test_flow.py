@@ -1,5 +1,6 @@
 """flow.py: its solvers against a Gaussian whose velocity is known, what a trained flow recovers, what is kept, and real networks."""
 
+import dataclasses
 import math
 
 import pytest
@@ -95,19 +96,21 @@ def test_solvers_say_what_they_see_and_never_leave_the_interval(solver):
 
 @pytest.mark.parametrize("d", [2, 8])
 def test_a_gaussian_is_recovered(d):
-    """Mean and covariance of what is generated against those of what was learned from, whitened by the latter."""
+    """Mean and covariance of what is generated against those of what was learned from, whitened by the latter; the flow of a Gaussian
+    is linear, so that noise of half the std gives half the std."""
     g = seeded(d)
     mix = torch.eye(d) + 0.5 * torch.randn(d, d, generator=g) / d**0.5
     theta = torch.randn(4000, d, generator=g) @ mix.T + 5 * torch.randn(d, generator=g)
     f = Flow(device=DEVICE, width=64, blocks=1, steps=500, lr=1e-2, solver_steps=20, progress=False).fit(theta)
-    n = 4000
-    x = f.sample(n, seeded(1)).double().cpu()
-    learned = theta.double()
+    n, learned = 4000, theta.double()
     root = torch.linalg.cholesky(torch.cov(learned.T))
-    white = torch.linalg.solve_triangular(root, (x - learned.mean(0)).T, upper=False)
-    # Five standard errors of n draws, and a tenth for a short training of a small network.
-    assert white.mean(1).abs().max() < 5 / n**0.5 + 0.1
-    assert (torch.cov(white) - torch.eye(d)).abs().max() < 5 * (2 / n) ** 0.5 + 0.1
+    for temperature in (1.0, 0.5):
+        f.settings = dataclasses.replace(f.settings, temperature=temperature)
+        x = f.sample(n, seeded(1)).double().cpu()
+        white = torch.linalg.solve_triangular(root, (x - learned.mean(0)).T, upper=False) / temperature
+        # Five standard errors of n draws, and a tenth for a short training of a small network.
+        assert white.mean(1).abs().max() < 5 / n**0.5 + 0.1 / temperature
+        assert (torch.cov(white) - torch.eye(d)).abs().max() < 5 * (2 / n) ** 0.5 + 0.1
 
 
 def test_the_loss_is_the_squared_error_of_the_straight_velocity():
@@ -200,7 +203,7 @@ def test_solvers_train_nothing_anew_and_all_else_does(tmp_path, monkeypatch):
     trained, loop = [], training.loop
     monkeypatch.setattr(training, "loop", lambda *args, **kwargs: (trained.append(1), loop(*args, **kwargs))[1])
     first = Flow((6, 6), **SMALL).fit(drawn(), Store(tmp_path))
-    for changes, again in (({"solver": "rk4"}, 0), ({"solver_steps": 9}, 0), ({"coupling": "fixed"}, 1), ({"source_std": 0.5}, 1),
+    for changes, again in (({"solver": "rk4"}, 0), ({"solver_steps": 9}, 0), ({"temperature": 0.5}, 0), ({"coupling": "fixed"}, 1), ({"source_std": 0.5}, 1),
                            ({"standardise": False}, 1), ({"width": 8}, 1)):
         trained.clear()
         other = Flow((6, 6), **{**SMALL, **changes}).fit(drawn(), Store(tmp_path))
@@ -244,7 +247,8 @@ def test_what_is_not_finite_is_not_given():
 @pytest.mark.parametrize("settings, message", [
     ({"solver": "heun"}, "solver is 'heun': expected one of 'euler', 'midpoint', 'rk4'"),
     ({"coupling": "optimal"}, "coupling is 'optimal': expected one of 'fresh', 'pool', 'fixed'"),
-    ({"source_std": 0.0}, "source_std is 0.0: expected at least 1e-06"), ({"solver_steps": 0}, "solver_steps is 0: expected at least 1")])
+    ({"source_std": 0.0}, "source_std is 0.0: expected at least 1e-06"), ({"solver_steps": 0}, "solver_steps is 0: expected at least 1"),
+    ({"temperature": -1.0}, "temperature is -1.0: expected at least 0")])
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Flow(**settings)
