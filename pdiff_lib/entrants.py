@@ -19,7 +19,7 @@ from pdiff_lib.zoos.paths import Paths
 from pdiff_lib.zoos.zoo import Zoo
 
 Settings = Mapping[str, Mapping[str, Any]]
-COOLER = (0.7, 0.4, 0.2)  # temperatures at which flows are sampled as well
+COOLER = (0.7, 0.4)  # temperatures at which flows are sampled as well
 # Settings of each kind of generator that are named; where none are, its own defaults.
 FAMILIES = {"p-diff": None, "flow": flow.Flow, "unit flow": equivariant.UnitFlow, "SANE": sane.SANE, "hyper-rep": sane.HyperRep,
             "RPG": rpg.RPG, "HyperDiffusion": hyperdiffusion.HyperDiffusion, "G.pt": gpt.GPT}
