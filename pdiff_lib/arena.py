@@ -141,15 +141,17 @@ class Arena:
     @cached_property
     def paths(self) -> Paths:
         """The originals' training at some moments, with losses on validation items."""
-        e = self.experiment
-        return paths.collect(e.task, self.recipe.zoo.k_checkpoints, self.moments, store=e.store, device=e.device, progress=e.progress,
-                             **dataclasses.asdict(self.recipe.base))
+        k, settings = self.recipe.zoo.k_checkpoints, dataclasses.asdict(self.recipe.base)
+        return paths.collect(self.experiment.task, k, self.moments, **self._begun, **settings)
+
+    @property
+    def _begun(self) -> dict[str, Any]:
+        return {"start": self.recipe.population.zoo_start, **{name: getattr(self.experiment, name) for name in ("store", "device", "progress")}}
 
     def starts(self, n: int) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n"]]:
-        """Initial networks that are not of the pool, and their losses on validation items."""
+        """Initial networks that are not of the pool (`zoo_start` "first": copies of its first one), and their losses on validation items."""
         e = self.experiment
-        nets = [population.create(e.task, self.recipe.base, e.k + i) for i in range(n)]
-        theta = torch.stack([e.subset.flatten(net) for net in nets])
+        theta = torch.stack([*map(e.subset.flatten, population.initial(e.task, self.recipe.base, range(e.k, e.k + n), **self._begun))])
         return theta, self.losses(theta)
 
     def losses(self, theta: Float[Tensor, "M D"]) -> Float[Tensor, "M"]:
@@ -294,7 +296,5 @@ class Arena:
     def title(self) -> str:
         """The zoo, for titles of figures."""
         r = self.recipe
-        kind = "independent networks" if self.experiment.independent else "checkpoints of one training"
+        kind = population.KINDS[r.population.zoo_start] if self.experiment.independent else "checkpoints of one training"
         return f"{r.base.network}, {self.experiment.task.title}: {r.zoo.k_checkpoints:,} {kind}, D = {self.experiment.subset.numel:,}"
-
-

@@ -45,7 +45,7 @@ class Originals:
         self.store.device = self.store.device or self.device  # what its records name, beyond "cuda"
         self._shared = {} if shared is None else shared
         if recipe.data not in self._shared:
-            self._shared[recipe.data] = task.of(recipe.data)
+            self._shared[recipe.data] = task.of(recipe.data, self.store)
         self.files = own.find(recipe.own.checkpoints) if recipe.own.checkpoints else []
         self.task: task.Task = self._shared[recipe.data]
         base = dataclasses.replace(recipe.base, pretrained=recipe.base.pretrained and not self.files)
@@ -76,8 +76,14 @@ class Originals:
         if self.independent and self.recipe.zoo.subset != "all":
             raise ValueError(f"subset is {self.recipe.zoo.subset!r} with zoo_mode 'independent': expected 'all', as networks "
                              "that are trained independently share no parameters")
+        if not self.independent and p.zoo_start != "independent":
+            raise ValueError(f"zoo_start is {p.zoo_start!r} with zoo_mode 'trajectory': expected 'independent', as one network is trained")
+        if not self.independent and self.task.of_members([0]) is not self.task:
+            raise ValueError(f"zoo_mode is 'trajectory' with task {self.recipe.data.task!r}: expected 'independent', and no checkpoints, as "
+                             "each network has an object of its own")
         if self.independent:
             population.check(self._initial, self.recipe.base)
+            self.task.of_members([self.k - 1])  # or there are not so many
         if p.alignment != "none" or p.permutations:
             self._symmetry = symmetry.groups(self._initial, self.subset)
 
@@ -90,8 +96,10 @@ class Originals:
     def title(self) -> str:
         """Network, dataset and scale, for titles of figures."""
         r = self.recipe
+        start = r.population.zoo_start
+        kind = "" if not self.independent else " independent" if start == "independent" else f" {population.KINDS[start]}"
         return (f"{r.base.network}, {self.task.title}, {r.zoo.subset}, "
-                f"D = {self.subset.numel:,}, K = {self.k}{' independent' * self.independent}{' own checkpoints' * bool(self.files)}"
+                f"D = {self.subset.numel:,}, K = {self.k}{kind}{' own checkpoints' * bool(self.files)}"
                 f"{', aligned' * (r.population.alignment != 'none')}{self.statistics and f', running statistics {self.statistics}'}")
 
     @property
@@ -244,8 +252,8 @@ class Originals:
 
     def _population(self) -> zoos.Zoo:
         self._rehearse()
-        return population.collect(self.task, self.recipe.zoo.k_checkpoints, store=self.store, device=self.device,
-                                  progress=self.progress, **dataclasses.asdict(self.recipe.base))
+        return population.collect(self.task, self.recipe.zoo.k_checkpoints, start=self.recipe.population.zoo_start, store=self.store,
+                                  device=self.device, progress=self.progress, **dataclasses.asdict(self.recipe.base))
 
     def _trajectory(self) -> zoos.Zoo:
         base, settings = self.recipe.base, dataclasses.asdict(self.recipe.zoo)

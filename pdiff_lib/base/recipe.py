@@ -44,8 +44,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Data(Section):
-    """What networks are trained for (`task`: "classification", "regression", or `package.module:Class` of your own), and on what:
-    `dataset`, for images see `data.load`; sizes in pixels; 0 images = all there are, 0 channels = as stored."""
+    """What networks are trained for (`task`: "classification", "regression", "fields", or `package.module:Class` of your own), and on
+    what: `dataset`, for images see `data.load`; sizes in pixels; 0 images = all there are, 0 channels = as stored. Fields are of
+    `field_kind` "grey" (images), "glyph" (images by threshold: what is at least half white) or "mesh" (a folder of bodies, see
+    `meshes.load`), and learn from `field_points` of each object (of a body as many more near its surface); judged at
+    `field_test_points`."""
 
     task: str = "classification"
     dataset: str = "cifar100"
@@ -54,6 +57,9 @@ class Data(Section):
     train_images: int = setting(0, 0)
     test_images: int = setting(0, 0)
     data_seed: int = setting(0, 0)
+    field_kind: str = setting("grey", choices=("grey", "glyph", "mesh"))
+    field_points: int = setting(100_000, 2)
+    field_test_points: int = setting(100_000, 2)
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,14 @@ class Own(Section):
 @dataclass(frozen=True)
 class Population(Section):
     """Whole networks as originals (Table 7). `zoo_mode`: "trajectory" (the paper's: checkpoints of one fine-tuning) or
-    "independent" (`k_checkpoints` networks, each trained by itself; see `population.collect`). `alignment`: "reference"
+    "independent" (`k_checkpoints` networks, each trained by itself; see `population.collect`). `zoo_start`: these start from
+    initial weights of their own ("independent"), all from those of the first ("common"), or all but the first from what that one
+    was trained to ("first", as HyperDiffusion does). `alignment`: "reference"
     brings hidden units to the order of the first original. `permutations`: randomly permuted copies of each original that
     the methods learn from beside it (0 = none)."""
 
     zoo_mode: str = setting("trajectory", choices=("trajectory", "independent"))
+    zoo_start: str = setting("independent", choices=("independent", "common", "first"))
     alignment: str = setting("none", choices=("none", "reference"))
     permutations: int = setting(0, 0)
 

@@ -22,12 +22,12 @@ from pdiff_lib.base.vectors import Array
 from pdiff_lib.networks import canonical, subset
 from pdiff_lib.networks.canonical import Groups, Scalings, align as align, permute as permute
 from pdiff_lib.networks.classifiers import _Attention, _Residual, _ViTMini
+from pdiff_lib.networks.implicit import Sine
 
-SUPPORTED = ("hyperrep-cnn, mlp-mini, convnet-mini, resnet-mini, vit-mini, convnext-mini, or another sequence of linear, "
-             "convolution and norm layers")
+SUPPORTED = "hyperrep-cnn, mlp-mini, convnet-mini, resnet-mini, vit-mini, convnext-mini, or another sequence of linear, convolution and norm layers"
 HOMOGENEOUS = (nn.LeakyReLU, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout,
                SelectAdaptivePool2d)  # f(a x) = a f(x) for a > 0
-UNITWISE = (*HOMOGENEOUS, nn.GELU, GELU, GELUTanh, nn.ELU, nn.SiLU, nn.Tanh, nn.Sigmoid)  # do to each unit the same
+UNITWISE = (*HOMOGENEOUS, nn.GELU, GELU, GELUTanh, nn.ELU, nn.SiLU, nn.Tanh, nn.Sigmoid, Sine)  # do to each unit the same
 IN_ORDER = (nn.Sequential, ConvNeXt, ConvNeXtStage, Downsample, Mlp, ClassifierHead, NormMlpClassifierHead)  # one child after another
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pdiff_lib.base import own, recipe, training, vectors
-from pdiff_lib.base.runs import tensor_digest
+from pdiff_lib.base.runs import Store, tensor_digest
 from pdiff_lib.base.score import Score
 from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import order
 
-TASKS = {"classification": "pdiff_lib.tasks.classification:Classification", "regression": "pdiff_lib.tasks.regression:Regression"}
+TASKS = {name: f"pdiff_lib.tasks.{name}:{name.title()}" for name in ("classification", "regression", "fields")}
 AT_ONCE, NUMBERS_AT_ONCE = 64, 2**26  # vectors that share one vmap, at most; and their outputs and parameters together
 BatchOf = Callable[[int, slice], tuple[Tensor, Tensor]]
 Predictor = Callable[[Tensor], Tensor]
@@ -164,6 +165,10 @@ class Task(ABC):
 
         return batch_of, picks.per_epoch
 
+    def of_members(self, members: Sequence[int]) -> Task:
+        """What these members of a zoo (0: its first network) are trained for: the same, unless each has an object of its own."""
+        return self
+
     def loss(self, net: nn.Module, batch: int, base: recipe.Base, device: torch.device,
              stream: str) -> tuple[Callable[[int], Tensor], int]:
         """The loss of step i of training one network, and the steps in an epoch."""
@@ -206,8 +211,8 @@ class Task(ABC):
                 **summary(lambda items: self.judged(outputs, originals, items).score, n, self.score.better, seed)}
 
 
-def of(data: recipe.Data) -> Task:
-    """The task that a recipe names, with its data.
+def of(data: recipe.Data, store: Store | None = None) -> Task:
+    """The task that a recipe names, with its data; `store`: for a task that keeps what it makes of them.
 
     Raises:
         ValueError: a name that is neither known nor `package.module:Class` of a `Task`, or what the task refuses.
@@ -221,7 +226,7 @@ def of(data: recipe.Data) -> Task:
         raise ValueError(f"task {error}") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ValueError(f"task {data.task!r} is {found!r}: expected a class derived from pdiff_lib.tasks.task.Task")
-    return found(data)
+    return found(data, **({"store": store} if "store" in inspect.signature(found).parameters else {}))
 
 
 @torch.no_grad()

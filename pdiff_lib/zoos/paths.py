@@ -36,7 +36,8 @@ class Paths:
 
 
 def collect(task: tasks.Task, r: int, moments: int = 50, items: Int64[Tensor, "n"] | None = None, *, first: int = 0,
-            store: Store | None = None, device: str | torch.device | None = None, progress: bool = True, **settings) -> Paths:
+            start: str = "independent", store: Store | None = None, device: str | torch.device | None = None, progress: bool = True,
+            **settings) -> Paths:
     """Train networks of a population (`population.collect`: network i is the same there and here) and keep moments of them.
 
     Args:
@@ -46,6 +47,7 @@ def collect(task: tasks.Task, r: int, moments: int = 50, items: Int64[Tensor, "n
         items: which test items the loss is measured on; None: the first half (`tasks.halves`), so that the second half remains
             to report on.
         first: number of the first network.
+        start: see `population.initial`.
         store: keeps stages "paths" and lets a killed training resume; None keeps nothing.
         device: to train on; None: CUDA when there is one.
         progress: show bars.
@@ -66,16 +68,16 @@ def collect(task: tasks.Task, r: int, moments: int = 50, items: Int64[Tensor, "n
     population.check(net, base)
     items = tasks.halves(len(task.x_test))[0] if items is None else items
     chunk = max(population.CHUNK, population._at_once(net, device))
-    parts = [_stage(task, base, part.tolist(), moments, steps, items, store, device, progress)
+    parts = [_stage(task, base, part.tolist(), start, moments, steps, items, store, device, progress)
              for part in torch.arange(first, first + r).split(chunk)]
     return Paths(*(torch.cat([part[name] for part in parts]) for name in ("theta", "loss", "moments")))
 
 
-def _stage(task: tasks.Task, base: recipe.Base, members: list[int], moments: int, steps: int, items: Tensor, store: Store,
+def _stage(task: tasks.Task, base: recipe.Base, members: list[int], start: str, moments: int, steps: int, items: Tensor, store: Store,
            device: torch.device, progress: bool) -> dict[str, Tensor]:
     """Some runs, kept."""
-    nets = [population.create(task, base, i) for i in members]
-    sub = subset.select(nets[0], "all")
+    nets = population.initial(task, base, members, start, store=store, device=device, progress=progress)
+    sub, task = subset.select(nets[0], "all"), task.of_members(members)
     key = {"images": task.digest, "start": tensor_digest(torch.stack([sub.flatten(net) for net in nets])), "moments": moments,
            "items": tensor_digest(items), "members": [members[0], members[-1]], "device": device.type, **dataclasses.asdict(base)}
 

@@ -27,19 +27,21 @@ from pdiff_lib.tasks.order import steps_per_epoch
 from pdiff_lib.tasks.task import Task
 from pdiff_lib.zoos.zoo import Zoo
 
+KINDS = {"independent": "independent networks", "common": "networks from one start", "first": "networks from the first one"}  # by `start`
 CHUNK = 50  # networks per stage, at least: what is stacked together, and what a kill between two stages does not lose
 
 
-def collect(images: data.Images | Task, k: int, *, store: Store | None = None, chunk: int | None = None, at_once: int | None = None,
-            device: str | torch.device | None = None, progress: bool = True, **settings) -> Zoo:
+def collect(images: data.Images | Task, k: int, *, start: str = "independent", store: Store | None = None, chunk: int | None = None,
+            at_once: int | None = None, device: str | torch.device | None = None, progress: bool = True, **settings) -> Zoo:
     """K independently initialised and trained networks as a zoo of all their parameters.
 
     Network i is `networks.create` with the seed s_i = `training.seed_for(seed, "population", i)`, trained as `zoo.train`
-    trains with that seed: more networks are these and others.
+    trains with that seed, for what `Task.of_members` says: more networks are these and others.
 
     Args:
         images: to classify; or any other task.
         k: how many networks, at least 2.
+        start: see `initial`.
         store: keeps each chunk (stage "population") and lets a killed training resume; None keeps nothing.
         chunk: networks that are trained together; memory for parameters, gradients and optimizer depends on it. None: 50, or as
             many as share one vmap where these are more.
@@ -65,18 +67,20 @@ def collect(images: data.Images | Task, k: int, *, store: Store | None = None, c
     first = create(task, base, 0)
     check(first, base)
     chunk = chunk or max(CHUNK, _at_once(first, device))
-    members = torch.arange(k).split(chunk)
-    parts = [_stage(task, base, part.tolist(), k, store, at_once, device, progress) for part in members]
+    alone = int(start == "first")  # the others wait for it
+    members = [torch.arange(1)] * alone + list(torch.arange(alone, k).split(chunk))
+    how = {"store": store, "device": device, "progress": progress}
+    parts = [_stage(task, base, part.tolist(), initial(task, base, part.tolist(), start, **how), k, store, at_once, device, progress)
+             for part in members]
     theta, losses = (torch.cat([part[name] for part in parts]) for name in ("theta", "losses"))
     sub = subset.select(first, "all")
     return Zoo(theta, sub.names, sub.shapes, losses)
 
 
-def _stage(task: Task, base: recipe.Base, members: Sequence[int], k: int, store: Store, at_once: int | None,
+def _stage(task: Task, base: recipe.Base, members: Sequence[int], nets: Sequence[nn.Module], k: int, store: Store, at_once: int | None,
            device: torch.device, progress: bool) -> dict[str, Tensor]:
     """Some networks of a population, kept."""
-    nets = [create(task, base, i) for i in members]
-    sub = subset.select(nets[0], "all")
+    sub, task = subset.select(nets[0], "all"), task.of_members(members)
     key = {"images": task.training_digest, "start": tensor_digest(torch.stack([sub.flatten(net) for net in nets])),
            "members": [members[0], members[-1]], "device": device.type, **dataclasses.asdict(base), **networks.code_key(base.network)}
 
@@ -99,6 +103,37 @@ def create(images: data.Images | Task, base: recipe.Base, i: int) -> nn.Module:
     """Network i of a population, untrained."""
     own = dataclasses.replace(base, seed=member_seed(base.seed, i), pretrained=False, weights="")
     return task_of(images).network(own)
+
+
+def initial(images: data.Images | Task, base: recipe.Base, members: Sequence[int], start: str = "independent", *,
+            store: Store | None = None, device: str | torch.device | None = None, progress: bool = True) -> list[nn.Module]:
+    """Networks of a population as their training begins.
+
+    Args:
+        images: as for `collect`.
+        base: settings of the training.
+        members: their numbers.
+        start: "independent": each has initial weights of its own (`create`); "common": all have those of network 0; "first": all but
+            network 0 have those that it was trained to (which is a stage of its own).
+        store, device, progress: as for `collect`.
+
+    Raises:
+        ValueError: another start.
+
+    Source: Erkoc et al. 2023 (HyperDiffusion): "first".
+    """
+    if start not in KINDS:
+        raise ValueError(f"start is {start!r}: expected one of {', '.join(map(repr, KINDS))}")
+    if start == "independent":
+        return [create(images, base, i) for i in members]
+    nets = [create(images, base, 0) for _ in members]
+    if start == "first" and any(members):
+        sub = subset.select(nets[0], "all")
+        first = _stage(task_of(images), base, [0], [create(images, base, 0)], 1, store or Store(None), None, training.device_of(device), progress)
+        for i, net in zip(members, nets):
+            if i:
+                sub.load(net, first["theta"][0])
+    return nets
 
 
 def check(net: nn.Module, base: recipe.Base) -> None:
