@@ -177,15 +177,16 @@ def beside() -> str:
 
 def how_many() -> str:
     """The records of 71_how_many: each method's accuracy, and at which distance, against K."""
-    most = records()["digits-71-8192"]["numbers"]
-    numbers = {name: {**of, **most.get(name, {})} for name, of in records()["digits-71"]["numbers"].items()}
+    some, most = records()["digits-71"]["numbers"], records()["digits-71-8192"]["numbers"]
+    numbers = {name: {**some.get(name, {}), **most.get(name, {})} for name in sorted(some | most, key=lambda name: name.startswith("raw "))}
     ks = sorted({int(k) for of in numbers.values() for k in of})
     body = []
     for name, of in numbers.items():
         cells = [of.get(str(k)) for k in ks]
+        last = cells[-1]
         body.append([name, *("" if c is None else f"{number(100 * c['score'], 1)} at {number(c['distance'], 2)}" for c in cells),
-                     "" if cells[-1] is None else number(cells[-1]["z_u"], 1), "" if cells[-1] is None else number(cells[-1]["spread"], 2)])
-    return rows(["order, method", *(f"K = {k:,}" for k in ks), f"Z_U at {ks[-1]:,}", f"spread at {ks[-1]:,}"], body)
+                     *(["", "", ""] if last is None else [number(100 * last["np_0.75"], 0), number(last["z_u"], 1), number(last["spread"], 2)])])
+    return rows(["order, method", *(f"K = {k:,}" for k in ks), *(f"{what} at {ks[-1]:,}" for what in ("N&P", "Z_U", "spread"))], body)
 
 
 def front() -> str:
