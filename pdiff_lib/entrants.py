@@ -75,9 +75,10 @@ class Entrants(Experiment):
     def _methods(self) -> dict[str, Any]:
         given, seed, groups = self._settings, self.recipe.autoencoder.pdiff_seed, self.units
         own = {"device": self.device, "progress": self.progress}
+        usual = {} if self.independent else {"unit flow": {"places": "learned"}}  # units of one training are the same ones in all saves
 
         def made(family: str, *arguments: Any, **other: Any) -> Any:
-            return FAMILIES[family](*arguments, **own, **{"generator_seed": seed, **given.get(family, {}), **other})
+            return FAMILIES[family](*arguments, **own, **{"generator_seed": seed, **usual.get(family, {}), **given.get(family, {}), **other})
 
         sizes, shapes = self.subset.sizes, self.subset.shapes
         hyper = [(f"{family} {sampling}{', one seed' * (dimensions == 'fixed')}", family, {"sampling": sampling, "dimensions": dimensions})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pandas as pd
@@ -33,7 +34,7 @@ def standings(frame: pd.DataFrame, baselines: Sequence[str], bar: float, title: 
     kinds = list(dict.fromkeys(kind(m) for m in baselines))
     fig = make_subplots(rows=1, cols=len(orders), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[f"{o} order" for o in orders])
     means = frame.groupby(["order", "method"], sort=False).distance.mean()
-    wide, right = means.median() > WIDE, 2.7 * max(1.0, means.median())
+    wide, right = _reach(means)
     for col, order in enumerate(orders, 1):
         part = pd.concat([frame[frame.order == order], everywhere])
         for i, group in enumerate(kinds):
@@ -57,30 +58,51 @@ def standings(frame: pd.DataFrame, baselines: Sequence[str], bar: float, title: 
 
 
 def field(frame: pd.DataFrame, chosen: str, title: str) -> go.Figure:
-    """Score against relative distance, a point per network: those of one method in colour, all others grey.
+    """Score against relative distance, a point per network: those of one method in colour, all others grey. Where distances go over orders
+    of magnitude, or the method in colour does, their axis is logarithmic, with what is nearer than `LEFT` at its left end; else it ends
+    before what lies far beyond all others. How many networks either moves or leaves out is written above the axes.
 
     Args:
         frame: rows of `Arena.frame`.
         chosen: the method in colour.
         title: what, on what, at which scale.
     """
-    score = scores.of(frame)
+    score, (wide, right) = scores.of(frame), _reach(frame.groupby(["order", "method"]).distance.mean())
+    wide = bool(wide or frame.distance[frame.method == chosen].max() > right)
     fig = go.Figure()
     for i, (method, part) in sorted(enumerate(frame.groupby("method", sort=False)), key=lambda m: m[1][0] == chosen):
         marker = {"size": 8, "opacity": 0.8, **look(1)} if method == chosen else {"size": 4, "opacity": 0.35, "color": GREYS[i % len(GREYS)]}
-        fig.add_scatter(x=part.distance, y=score.scale * part[score.column], mode="markers", name=method, marker=marker, showlegend=False,
-                        customdata=part[["index"]], hovertemplate=f"{method} %{{customdata[0]}}<br>{score.name} %{{y:.1f}} {score.unit}<br>"
-                        "distance %{x:.2f}<extra></extra>")
-    return fig.update_layout(title=title, hovermode="closest", xaxis_title=DISTANCE, yaxis_title=score.label)
+        fig.add_scatter(x=part.distance.clip(lower=LEFT) if wide else part.distance, y=score.scale * part[score.column], mode="markers",
+                        name=method, marker=marker, showlegend=False, customdata=part[["index", "distance"]],
+                        hovertemplate=f"{method} %{{customdata[0]}}<br>{score.name} %{{y:.1f}} {score.unit}<br>"
+                        "distance %{customdata[1]:.2f}<extra></extra>")
+    off = frame[frame.distance < LEFT] if wide else frame[frame.distance > right]
+    note = (f"drawn at {LEFT:g}, nearer than that" if wide else f"not drawn, farther than {right:.2g}") + f": {_counted(off)}"
+    fig.add_annotation(text=note, visible=len(off) > 0, x=1, y=1, xref="paper", yref="paper", xanchor="right", yanchor="bottom",
+                       showarrow=False, font={"size": 10, "color": "#555"})
+    fig.update_xaxes(title=DISTANCE, **({"type": "log", "dtick": "D2"} if wide else {"range": [-0.03 * right, min(right, 1.08 * frame.distance.max())]}))
+    return fig.update_layout(title=title, hovermode="closest", yaxis_title=score.label)
 
 
-def kind(baseline: str) -> str:
-    """Of a baseline at a strength: its name without the last word, the number.
+def _reach(means: pd.Series) -> tuple[bool, float]:
+    """Of mean distances of methods: whether they go over orders of magnitude, and where an axis that does not ends."""
+    return bool(means.median() > WIDE), float(2.7 * max(1.0, means.median()))
 
-    >>> kind("interpolation 0.1"), kind("soup of 16")
-    ('interpolation', 'soup of')
+
+def _counted(networks: pd.DataFrame, names: int = 3) -> str:
+    """How many of each method, the most frequent ones by name."""
+    counts = networks.method.value_counts()
+    others = [f"{counts[names:].sum()} of {len(counts) - names} others"] if len(counts) > names else []
+    return ", ".join([f"{method} ({n})" for method, n in counts[:names].items()] + others)
+
+
+def kind(method: str) -> str:
+    """Of a method at a strength: its name without the number at its end, if there is one.
+
+    >>> kind("interpolation 0.1"), kind("soup of 16"), kind("SANE KDE30")
+    ('interpolation', 'soup of', 'SANE KDE30')
     """
-    return baseline.rpartition(" ")[0]
+    return re.sub(r" [\d.]+$", "", method)
 
 
 def _points(fig: go.Figure, col: int, parts: Sequence[pd.DataFrame], score: scores.Score, name: str, marker: dict, mode: str) -> None:
