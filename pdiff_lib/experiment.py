@@ -59,6 +59,7 @@ class Experiment(Originals):
         self._fitted: dict[str, Any] = {}
         self._conditions: dict[str, tuple[Tensor, Tensor]] = {}
         self._predictions: dict[str, Tensor] = {}
+        self._frames: dict[str, pd.DataFrame] = {}
 
     def _methods(self) -> dict[str, Any]:
         return {PDIFF: self.pdiff(),
@@ -242,8 +243,11 @@ class Experiment(Originals):
         nearest original), `outside_span` (see `similarity.outside_span`).
         """
         names = names or [ORIGINAL, *self.methods]
-        rows = pd.concat([self.frame_of(name, self.theta(name)) for name in names], ignore_index=True)
-        return self.task.score.of_frame(rows)
+        for name in names:
+            theta = self.theta(name)  # refused, where somebody has changed it
+            if name not in self._frames:
+                self._frames[name] = self.frame_of(name, theta)
+        return self.task.score.of_frame(pd.concat([self._frames[name] for name in names], ignore_index=True))
 
     def frame_of(self, name: str, theta: Float[Array, "M D"]) -> pd.DataFrame:
         """The rows of `frame` for any parameter vectors under a name; `ORIGINAL`: an original is not compared with itself."""

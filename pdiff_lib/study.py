@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,6 +21,7 @@ class Study:
         rows: settings of each row, by its name (the paper's, where it has that row): `{"x10": {"sigma_z": 1.0}}`.
         seeds: of network, zoo, p-diff and samples together.
         store, device, progress: as for `Experiment`.
+        kind: what makes an experiment of a recipe; with `Experiment`'s arguments.
 
     Attributes:
         experiments: by (row, seed).
@@ -30,7 +31,8 @@ class Study:
     """
 
     def __init__(self, recipe: Recipe, rows: Mapping[str, Mapping[str, Any]], seeds: Sequence[int] = (0,), *,
-                 store: Store | None = None, device: str | None = None, progress: bool = True):
+                 store: Store | None = None, device: str | None = None, progress: bool = True,
+                 kind: Callable[..., Experiment] = Experiment):
         if not rows or not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(f"rows are {list(rows)}, seeds {list(seeds)}: expected at least one of each, and no seed twice")
         store, shared, flat = store or Store(), {}, recipe.flat()
@@ -39,7 +41,7 @@ class Study:
             for seed in seeds:
                 try:
                     settings = Recipe.of(**{**flat, "seed": seed, "pdiff_seed": seed, **own})
-                    self.experiments[row, seed] = Experiment(settings, store, device, progress, shared)
+                    self.experiments[row, seed] = kind(settings, store, device, progress, shared)
                 except ValueError as e:
                     raise ValueError(f"row {row!r}: {e}") from e
         self.store = store

@@ -4,14 +4,23 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_experiment import experiment
+from test_arena import K, HELD, SETTINGS, Twins
+from test_experiment import SMALL, experiment
 
+from device import DEVICE
 from pdiff_lib import audit
-from pdiff_lib.audit import ensemble_accuracy
+from pdiff_lib.arena import HELD_OUT
+from pdiff_lib.audit import Audited, ensemble_accuracy
+from pdiff_lib.base.recipe import Recipe
+from pdiff_lib.base.runs import Store
 from pdiff_lib.experiment import AVERAGE, ORIGINAL, PDIFF
+from pdiff_lib.measures import novelty, similarity
+from pdiff_lib.networks import symmetry
+from pdiff_lib.study import Study
 
 
 def seeded(seed=0):
@@ -144,3 +153,141 @@ def test_the_table_is_the_summary_and_what_votes_and_pairs_give(tmp_path):
             assert row[f"bag_{size}"] == pytest.approx(want, abs=1e-12, nan_ok=True)
     assert table.loc[ORIGINAL, ["fit_seconds", "sample_seconds"]].isna().all()
     assert table.loc[PDIFF, "fit_seconds"] == e.seconds[PDIFF]["fit"] and (table.sample_seconds.dropna() > 0).all()
+
+
+def test_the_frontier_of_nobody_and_of_who_has_no_accuracy_is_no_number():
+    none = torch.empty(0, dtype=torch.float64)
+    assert math.isnan(audit.above(0.5, 0.5, none, none)) and math.isnan(audit.above(0.5, 0.5, torch.tensor([math.nan]), torch.tensor([0.1])))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return Store(tmp_path_factory.mktemp("audited"))
+
+
+def audited(store, settings=SETTINGS, **changes) -> Audited:
+    return Audited(Recipe.of(**{**settings, **changes}), store, DEVICE, False, held_out=HELD)
+
+
+@pytest.fixture(scope="module")
+def independent(store) -> Audited:
+    e = audited(store)
+    e.add("twins", Twins(symmetry.groups(e._initial, e.subset)))
+    return e
+
+
+@pytest.fixture(scope="module")
+def part(store) -> Audited:
+    """Two norm layers of a network, saves of one training."""
+    return audited(store, SMALL, k_checkpoints=K)
+
+
+def test_methods_learn_from_what_is_not_held_out(independent, part):
+    for e, held in ((independent, list(range(K, K + HELD))), (part, [round(i * (K + HELD - 1) / (HELD - 1)) for i in range(HELD)])):
+        whole = e.arena.experiment.zoo.theta
+        assert torch.equal(e.theta(HELD_OUT), whole[held])
+        assert torch.equal(e.theta(ORIGINAL), whole[[i for i in range(K + HELD) if i not in held]])
+        assert torch.equal(e.learned_from, e.theta(ORIGINAL)) and e.k == K
+        assert torch.equal(e.theta(AVERAGE)[0], e.theta(ORIGINAL).mean(dim=0))
+    aligned = audited(independent.store, alignment="reference")
+    whole = symmetry.align(independent.arena.experiment.zoo.theta, independent.arena.experiment.zoo.theta[0], aligned._symmetry)
+    assert torch.equal(aligned.theta(ORIGINAL), whole[:K]) and torch.equal(aligned.theta(HELD_OUT), whole[K:])
+
+
+def in_every_order(theta, groups):
+    """[orders M D] the same networks with the units of their one group in each order."""
+    orders = itertools.permutations(range(len(groups[0])))
+    return torch.stack([symmetry.permute(theta, groups, [torch.tensor(o).repeat(len(theta), 1)]) for o in orders])
+
+
+def test_distances_are_those_of_the_best_of_all_orders(independent):
+    e, groups = independent, independent.arena.units
+    originals = e.arena.canonical(e.theta(ORIGINAL)).double()
+    own = torch.stack([torch.cdist(o.double(), originals) for o in in_every_order(originals.float(), groups)]).amin(dim=0)
+    unit = own.fill_diagonal_(torch.inf).amin(dim=1).quantile(0.5)
+    frame = e.frame([ORIGINAL, HELD_OUT, "gaussian", "twins"])
+    for name, rows in frame.groupby("method", sort=False):
+        theta = e.arena.canonical(e.theta(name))
+        pairs = torch.stack([torch.cdist(o.double(), originals) for o in in_every_order(theta, groups)]).amin(dim=0)
+        want = (own if name == ORIGINAL else pairs).amin(dim=1) / unit
+        np.testing.assert_allclose(rows.relative_distance, want, atol=2e-3)
+    assert frame[frame.method == ORIGINAL].relative_distance.median() == pytest.approx(1, abs=1e-3)
+    assert (frame[frame.method == "twins"].relative_distance < 1e-3).all() and (frame[frame.method == "twins"].distance > 0.01).any()
+
+
+def test_of_a_part_of_a_network_they_are_as_they_are(part):
+    assert part.arena.units is None
+    originals = part.theta(ORIGINAL)
+    unit = similarity.distance(originals, originals, exclude_self=True).quantile(0.5)
+    for name in (HELD_OUT, AVERAGE, "noise 0.5"):
+        want = similarity.distance(part.theta(name), originals) / unit
+        np.testing.assert_allclose(part.frame([name]).relative_distance, want, rtol=1e-4)
+
+
+def test_the_table_has_the_yardstick_of_the_arena(independent):
+    e, names = independent, [ORIGINAL, HELD_OUT, "gaussian", "twins", AVERAGE]
+    table, frame = audit.table(e, names), e.frame(names)
+    assert list(table.index) == names
+    bar = frame[frame.method == ORIGINAL].accuracy.quantile(0.1)
+    held = torch.tensor(frame[frame.method == HELD_OUT].relative_distance.to_numpy())
+    for name, row in table.iterrows():
+        rows = frame[frame.method == name]
+        assert row.relative_distance == pytest.approx(rows.relative_distance.median(), abs=1e-5)
+        assert row.mean_distance == pytest.approx(rows.relative_distance.mean(), abs=1e-5)
+        for c in novelty.NOVEL:
+            assert row[f"np_{c:g}"] == pytest.approx(((rows.accuracy >= bar) & (rows.relative_distance >= c * (1 - 1e-6))).mean(), abs=1e-9)
+        if name != AVERAGE:
+            z = novelty.data_copying(torch.tensor(rows.relative_distance.to_numpy()), held)
+            assert row.z_u == pytest.approx(z, abs=1e-6)
+            theta, originals = (e.arena.canonical(e.theta(m)).double().var(dim=0).mean().sqrt() for m in (name, ORIGINAL))
+            assert row.spread == pytest.approx(float(theta / originals), rel=1e-4)
+    assert table.spread[AVERAGE] == pytest.approx(0, abs=1e-6) and table.z_u["twins"] == table.z_u.min() < -2 and table.z_u[HELD_OUT] == 0
+    plain = audit.table(experiment(None), [ORIGINAL])
+    assert {*table.columns} - {*plain.columns} == {"relative_distance", "mean_distance", "np_0.5", "np_0.75", "np_1", "np_2", "z_u", "spread"}
+
+
+def test_no_network_is_measured_twice(store, monkeypatch):
+    e, seen, measure = audited(store), [], similarity.outside_span
+    monkeypatch.setattr(similarity, "outside_span", lambda theta, originals: seen.append(len(theta)) or measure(theta, originals))
+    first = e.frame([HELD_OUT, "gaussian"])
+    first["accuracy"] = -1.0  # what somebody does to a frame is his own
+    audit.table(e, [ORIGINAL, HELD_OUT, "gaussian"])
+    again = e.frame(["gaussian", HELD_OUT])
+    assert sorted(seen) == sorted([HELD, e.recipe.comparison.samples, K]) and (again.accuracy >= 0).all()
+    pd.testing.assert_frame_equal(again, audited(store).frame(["gaussian", HELD_OUT]))
+
+
+def test_files_of_a_users_own_hold_none_out(tmp_path):
+    for name in "ab":
+        torch.save({}, tmp_path / f"{name}.pt")
+    with pytest.raises(ValueError, match="checkpoints .* with held_out = 6: expected none"):
+        audited(Store(None), SMALL, checkpoints=str(tmp_path))
+
+
+def test_a_study_makes_what_it_is_asked_for(store):
+    s = Study(Recipe.of(**SETTINGS), {"raw": {}, "aligned": {"alignment": "reference"}}, (0, 1), store=store, device=DEVICE, progress=False,
+              kind=lambda *a: Audited(*a, held_out=HELD))
+    assert [type(e) for _, _, e in s] == [Audited] * 4 and all(e.arena.held_out == HELD for _, _, e in s)
+    assert {"row", "seed", "relative_distance"} <= {*s.frame([HELD_OUT]).columns}
+
+
+def test_beyond_is_above_the_best_mixture_at_equal_similarity_and_at_equal_distance():
+    generator = np.random.default_rng(0)
+    means = {"original": (0.9, 0.9, 0.1), "near": (0.9, 0.8, 0.5), "far": (0.5, 0.4, 2.0), "own": (0.8, 0.6, 1.5), "beyond": (0.3, 0.1, 3.0)}
+    rows = [{"method": m, "accuracy": a + da, "max_similarity": s + ds, "relative_distance": d + dd}
+            for m, (a, s, d) in means.items() for da, ds, dd in 0.02 * generator.standard_normal((30, 3))]
+    frame = pd.DataFrame(rows)
+    found = audit.beyond(frame, ["near", "far"])
+    assert list(found.index) == ["near", "far", "own", "beyond"] and found.index.name == "method"
+    mean = frame.groupby("method").mean()
+    for axis, column, sign in (("similarity", "max_similarity", 1), ("distance", "relative_distance", -1)):
+        place = audit.place(mean.assign(mean=mean.accuracy, max_similarity=sign * mean[column]), ["near", "far"])
+        pd.testing.assert_series_equal(found[axis], place.above[found.index], check_names=False)
+        own = found.loc["own"]
+        assert own[f"{axis}_low"] < own[axis] < own[f"{axis}_high"]
+        assert 0.01 < own[f"{axis}_high"] - own[f"{axis}_low"] < 0.05  # of a mean of 30 networks, each +- 0.02, and of the baselines' means
+        assert found.loc["beyond", [axis, f"{axis}_low", f"{axis}_high"]].isna().all()
+    assert found.similarity["own"] == pytest.approx(0.1, abs=0.02) and found.distance["own"] == pytest.approx(0.8 - 0.5 - 0.4 / 3, abs=0.02)
+    for wrong, message in ((frame.drop(columns="relative_distance"), "without relative_distance"), (frame[frame.method != "far"], "without far")):
+        with pytest.raises(ValueError, match=message):
+            audit.beyond(wrong, ["near", "far"])

@@ -21,6 +21,9 @@ from pdiff_lib.batches import jobs
 HERE = Path(__file__).parents[1]
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
 RECORDED = json.loads((HERE / "tests" / "recorded.json").read_text())
+# In which runs begin, the others after them: 50 makes the stages of 00, 10, 24, 32a, B2 and B3, 40 those of 33.
+FIRST = ["50_explore", "41_audit", "70_arena", "71_how_many", "40_memorization", "B1_hyper_representations", "72_checkpoints_to_checkpoints",
+         "32b_full_generation", "61_any_task", "23_parameter_autoencoder", "B3_diffusion_steps", "B2_vae"]
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
@@ -38,7 +41,7 @@ def trees(path: Path) -> list[ast.Module]:
 
 
 def test_there_are_notebooks():
-    assert "00_quickstart" in [p.stem for p in NOTEBOOKS]
+    assert {"00_quickstart", *FIRST} <= {p.stem for p in NOTEBOOKS}
 
 
 @every_notebook
@@ -136,8 +139,8 @@ def made(request):
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores // at_once)}
     environment.pop("PDIFF_RUN_DIR", None)
     command = [sys.executable, "-m", "pdiff_lib.batches.cli", "run"]
-    # From the middle of the list, where the longest are, to its ends: neighbours want the same stages, and would wait for each other.
-    order = [path for pair in zip(wanted, reversed(wanted)) for path in pair][:len(wanted)][::-1]
+    # The longest first, so that none is left over alone; of those that want the same stages the first makes them while others run.
+    order = sorted(wanted, key=lambda path: FIRST.index(path.stem) if path.stem in FIRST else len(FIRST))
     with ThreadPoolExecutor(at_once) as pool:
         yield {path: pool.submit(subprocess.run, [*command, path.stem], cwd=HERE, env=environment, capture_output=True,
                                  text=True, timeout=2400) for path in order}

@@ -193,7 +193,7 @@ def frontier(frame: pd.DataFrame, edge: Sequence[str], title: str, *, x_title: s
     for i, (group, part) in enumerate(frame.groupby("group", sort=False)):
         bars = {f"error_{a}": {"array": part[f"{a}_spread"], "thickness": 1, "width": 3} for a in "xy"}
         fig.add_scatter(x=part.x, y=part.y, mode="markers", customdata=part.method, name=group, **bars, marker={**look(i), "size": 10},
-                        hovertemplate="%{customdata}<br>%{y:.3f}<br>similarity %{x:.3f}<extra></extra>")
+                        hovertemplate=f"%{{customdata}}<br>%{{y:.3f}}<br>{x_title} %{{x:.3f}}<extra></extra>")
         for at in part[part.label != ""].itertuples():  # away from the points, which may lie on each other: each group in its direction
             fig.add_annotation(x=at.x, y=at.y, text=at.label, ax=(-35, 35, 0)[i % 3], ay=60 if i % 2 else -35, arrowhead=0, arrowwidth=1,
                                arrowcolor=look(i)["color"], font={"size": 11, "color": look(i)["color"]})

@@ -80,8 +80,8 @@ class Contest(widgets.VBox):
         if self._quiet:
             return
         self.frame = self.arena.frame(orders=[self.order.value], seeds=(self.seed,))
-        self._strong = {name: kind(name) for name in self.arena.baselines}
-        names, chosen = list(dict.fromkeys(self._strong.get(m, m) for m in self.frame.method if m != HELD_OUT)), self.generator.value
+        self._strong = {name: kind(name) for name in self.frame.method.unique() if name != HELD_OUT}
+        names, chosen = list(dict.fromkeys(self._strong.values())), self.generator.value
         self._quiet = True
         self.generator.options = [*names, HELD_OUT]
         self.generator.value = chosen if chosen in self.generator.options else "flow" if "flow" in names else names[0]
@@ -92,7 +92,8 @@ class Contest(widgets.VBox):
         if self._quiet:
             return
         self._quiet = True
-        found = [name.removeprefix(f"{self.generator.value} ") for name, family in self._strong.items() if family == self.generator.value]
+        family = self.generator.value
+        found = [name.removeprefix(family).strip() or "as it is" for name, of in self._strong.items() if of == family]
         self.strength.options = found or ["as it is"]
         self.strength.value = self.strength.options[0]
         self._quiet = False
@@ -104,7 +105,8 @@ class Contest(widgets.VBox):
         fig = plots.field(self.frame, self.method, f"{html.escape(self.method)}<br><sup>{self.arena.title}, {self.order.value} order</sup>")
         fig.add_scatter(x=[], y=[], mode="markers", name="chosen", hoverinfo="skip", showlegend=False,
                         marker={"size": 17, "symbol": "circle-open", "color": "#D55E00", "line": {"width": 3}})
-        show(self.points, fig.update_layout(width=980, height=470, uirevision=self.zoo.value))
+        # What was zoomed into is kept, unless it would mean another part of the axis.
+        show(self.points, fig.update_layout(width=980, height=470, uirevision=f"{self.zoo.value} {fig.layout.xaxis.type}"))
         for trace in self.points.data:
             trace.on_click(self._clicked)
         self.choose(self.frame.index[self.frame.method == self.method][0])
@@ -132,13 +134,13 @@ class Contest(widgets.VBox):
              .update_layout(width=690, height=430, margin={"r": 160, "l": 40, "t": 95}))
         drawn, self._counts = compared(e, predicted, expected, name, other)
         show(self.confusion, drawn.update_layout(width=430, height=430, margin={"t": 95}, title_y=0.96))
-        score = arena.experiment.task.score
+        rows, score = self.frame.index[self.frame.method == network.method], arena.experiment.task.score
+        point, ring = next(t for t in self.points.data if t.name == network.method), self.points.data[-1]
         with self.points.batch_update():
-            self.points.data[-1].x, self.points.data[-1].y = [network.distance], [score.scale * network[score.column]]
+            ring.x, ring.y = ([values[rows.get_loc(row)]] for values in (point.x, point.y))
         self.facts.value = (f"<b>{html.escape(name)}</b>: {score.name} {score.shown(network[score.column])}; nearest: {other}, which has "
                             f"{score.shown(network.nearest_score)}, at {network.distance:.2f} of the originals' own distance; maximum "
                             f"similarity {network.max_similarity:.3f}")
         self._quiet = True
-        rows = self.frame.index[self.frame.method == network.method]
         self.index.max, self.index.value = len(rows) - 1, rows.get_loc(row)
         self._quiet = False

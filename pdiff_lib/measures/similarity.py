@@ -7,9 +7,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pdiff_lib.base import vectors
+from pdiff_lib.base.runs import tensor_digest
 from pdiff_lib.base.vectors import Array
 
 COLUMNS = 2048  # images per matrix product: bounds the memory of the float copies, and keeps them in the cache
+KEEP = 2**26  # bytes that a basis may take to be kept until others are asked for
 
 
 def iou(wrong_a: Bool[Tensor, "A N"], wrong_b: Bool[Tensor, "B N"]) -> Float[Tensor, "A B"]:
@@ -99,14 +101,28 @@ def outside_span(theta: Float[Array, "M D"], originals: Float[Array, "K D"]) -> 
     """
     theta, originals = _both(theta, originals)
     mean = originals.double().mean(dim=0)
-    deviation = theta.double() - mean
-    _, singular, basis = torch.linalg.svd(originals.double() - mean, full_matrices=False)
-    basis = basis[singular > max(1e-6 * float(singular[0]), 1e-12 * float(originals.norm()))]  # beyond rounding
+    deviation, basis = theta.double() - mean, _basis(originals, mean)
     outside = deviation - deviation @ basis.T @ basis
     length = deviation.norm(dim=1)
     # The mean itself deviates by float32 rounding alone, and has no direction to speak of.
     tiny = length <= 1e-6 * originals.double().norm(dim=1).mean()
     return torch.where(tiny, 0.0, outside.norm(dim=1) / length.clamp(min=1e-300)).float()
+
+
+_kept: dict[tuple[str, torch.device], Tensor] = {}  # of the originals that were asked for last: a table asks once per method
+
+
+def _basis(originals: Float[Tensor, "K D"], mean: Float[Tensor, "D"]) -> Float[Tensor, "k D"]:
+    """Orthonormal directions that the originals span about their mean."""
+    key = tensor_digest(originals), originals.device
+    if key not in _kept:
+        _, singular, basis = torch.linalg.svd(originals.double() - mean, full_matrices=False)
+        basis = basis[singular > max(1e-6 * float(singular[0]), 1e-12 * float(originals.norm()))]  # beyond rounding
+        _kept.clear()
+        if basis.nbytes > KEEP:
+            return basis
+        _kept[key] = basis
+    return _kept[key]
 
 
 def _both(theta: Float[Array, "M D"], originals: Float[Array, "K D"]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from pdiff_lib.networks import rewrites
+from pdiff_lib.networks.rewrites import dependents, writes
 from pdiff_lib.networks.subset import tensors_of
 
 aten = torch.ops.aten
@@ -47,16 +49,17 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
         warnings.simplefilter("ignore", FutureWarning)  # torch.export's own
         program = torch.export.export(net, (example,), strict=False)
         images, chosen, constants = _inputs(program, net, names)
-        if not _in_place_is_harmless(program.graph, _dependents(program.graph, chosen)):
+        if not _in_place_is_harmless(program.graph, dependents(program.graph, chosen)):
             # The empty table only makes operations out of place; decomposing further would change kernels, and with
             # them the last bits. Not always done: it takes longer than the capture, and slows the frozen part by 9%.
             program = program.run_decompositions({})
             images, chosen, constants = _inputs(program, net, names)
     graph = program.graph
-    _plain_batch_norms(graph, _dependents(graph, chosen))
-    _narrow_early(graph, _dependents(graph, chosen))
+    rewrites.plain_batch_norms(graph, dependents(graph, chosen))
+    rewrites.products_of_pixels(graph, dependents(graph, chosen), constants)
+    rewrites.narrow_early(graph, dependents(graph, chosen))
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    dependent = _dependents(graph, chosen)
+    dependent = dependents(graph, chosen)
     (scores,) = graph.output_node().args[0]
     boundary = [n for n in graph.nodes if n not in dependent and n not in constants
                 and any(u in dependent or u.op == "output" for u in n.users)]
@@ -214,16 +217,12 @@ def _inputs(program: torch.export.ExportedProgram, net: nn.Module, names: tuple[
     return images, chosen, constants
 
 
-def _writes(node: fx.Node) -> bool:
-    return getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable
-
-
 def _in_place_is_harmless(graph: fx.Graph, dependent: set[fx.Node]) -> bool:
     """Whether each operation in place overwrites a tensor of its own side that nobody else sees, whole or in part.
 
     Otherwise one vector could change what the next one is handed, or a change could pass unseen through a view.
     """
-    for node in filter(_writes, graph.nodes):
+    for node in filter(writes, graph.nodes):
         written, (_, *others) = node.args[0], node.target._schema.arguments
         if len(written.users) > 1 or (node in dependent) != (written in dependent) or any(a.is_write for a in others):
             return False
@@ -231,67 +230,6 @@ def _in_place_is_harmless(graph: fx.Graph, dependent: set[fx.Node]) -> bool:
         fresh = schema is not None and not any(r.alias_info for r in schema.returns)
         if torch.Tag.maybe_aliasing_or_mutating in tags and written.target is not aten.batch_norm.default:
             fresh = False
-        if not fresh and not _writes(written):
+        if not fresh and not writes(written):
             return False
     return True
-
-
-def _dependents(graph: fx.Graph, sources: dict[fx.Node, str]) -> set[fx.Node]:
-    """The nodes that the sources reach, with the sources."""
-    reached = set(sources)
-    for node in graph.nodes:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return reached
-
-
-def _plain_batch_norms(graph: fx.Graph, dependent: set[fx.Node]) -> None:
-    """Batch norm in eval mode as the operation that it ends in on a CPU, with the same bits: on CUDA `batch_norm` picks cuDNN by
-    the layout of its input, which a vmap does not let it ask for."""
-    for node in [n for n in graph.nodes if n in dependent and n.target is aten.batch_norm.default and not n.args[5]]:
-        with graph.inserting_before(node):
-            parts = graph.call_function(aten.native_batch_norm.default, node.args[:8])
-            first = graph.call_function(operator.getitem, (parts, 0))
-            first.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(first)
-        graph.erase_node(node)
-
-
-# Operations that treat all entries along an axis of their first argument alike, unless it is one of the last so many
-# axes. Elementwise operations carry a tag of their own.
-MIXED_AXES = {aten.linear.default: lambda node: 1, aten.layer_norm.default: lambda node: len(node.args[1]),
-              aten.dropout.default: lambda node: 0, aten.contiguous.default: lambda node: 0}
-
-
-def _narrow_early(graph: fx.Graph, dependent: set[fx.Node]) -> None:
-    """Where the rest reads a few entries of an axis (a ViT's head: one token of 197), compute only those.
-
-    The selection moves upstream, through copies of the operations, as far as each of them treats the axis entry by
-    entry; the originals stay for whoever else reads them. Axes count from the end: there broadcasting aligns them.
-    """
-    def narrow(node: fx.Node, axis: int) -> fx.Node:
-        shape = node.meta["val"].shape
-        if len(shape) < -axis or shape[axis] == 1:
-            return node  # broadcast along the axis
-        if (node, axis) not in done:
-            if node in dependent and torch.Tag.pointwise in getattr(node.target, "tags", ()) and not _writes(node):
-                few = graph.node_copy(node, lambda argument: narrow(argument, axis))
-            elif node in dependent and node.target in MIXED_AXES and -axis > MIXED_AXES[node.target](node):
-                few = graph.call_function(node.target, (narrow(node.args[0], axis), *node.args[1:]), node.kwargs)
-            else:
-                few = graph.call_function(aten.slice.Tensor, (node, axis, *window))
-            done[node, axis] = few
-        return done[node, axis]
-
-    readers = [n for n in graph.nodes if n in dependent and n.target in (aten.select.int, aten.slice.Tensor)]
-    for reader in [n for n in readers if len(n.args) > 2]:  # a slice without bounds takes the whole axis
-        source, axis, *window = reader.args
-        shape = source.meta["val"].shape
-        axis %= len(shape)
-        if reader.target is aten.select.int:
-            window = [window[0] % shape[axis], window[0] % shape[axis] + 1]
-        done: dict[tuple[fx.Node, int], fx.Node] = {}  # so that residual branches do not multiply
-        if source in dependent and 2 * len(range(shape[axis])[slice(*window)]) <= shape[axis]:  # else it saves little
-            with graph.inserting_before(reader):
-                few = narrow(source, axis - len(shape))
-            reader.args = (few, axis, 0) if reader.target is aten.select.int else (few, axis)

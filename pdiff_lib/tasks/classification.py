@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pdiff_lib import networks
 from pdiff_lib.base import recipe, training
 from pdiff_lib.base.score import ACCURACY
-from pdiff_lib.networks import capture, weights
+from pdiff_lib.networks import capture, rewrites, weights
 from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import data, evaluate, order
 from pdiff_lib.tasks.task import BatchOf, Judged, Predictor, Task
@@ -80,7 +80,7 @@ class Classification(Task):
 
     @property
     def judging(self) -> tuple[Any, ...]:
-        return capture, evaluate
+        return capture, rewrites, evaluate
 
     @property
     def training_digest(self) -> str:

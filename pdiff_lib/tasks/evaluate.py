@@ -98,7 +98,7 @@ class Evaluator:
         scores are not all finite, with a warning that counts them.
 
         Equal to running the whole network for every vector up to rounding: `split` alone is equal bit for bit where the
-        same kernels run (not under vmap, nor for a matrix product over fewer tokens); the channels-last layout used here
+        same kernels run (not under vmap, for a matrix product over fewer tokens, or for one in a convolution's place); the channels-last layout used here
         changes scores by about 1e-7 of their size.
 
         Raises:

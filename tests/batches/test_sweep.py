@@ -274,6 +274,7 @@ def test_results_have_a_row_per_network_and_take_the_newest(home, monkeypatch, c
 @pytest.mark.alone
 def test_two_nodes_of_a_cluster_of_which_one_is_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # or the cluster notices only after a quarter of a minute
     from ray.cluster_utils import Cluster
 
     s = harness.Sweep(tmp_path, [2, 3], [0, 1], seconds=3)

@@ -177,6 +177,21 @@ def test_outside_span_equals_least_squares():
     np.testing.assert_allclose(similarity.outside_span(theta, ORIGINALS).numpy(), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("keep, decompositions", [(similarity.KEEP, 3), (0, 4)])
+def test_directions_are_kept_for_the_same_originals_alone(monkeypatch, keep, decompositions):
+    made, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: made.append(1) or svd(*a, **k))
+    monkeypatch.setattr(similarity, "KEEP", keep)
+    monkeypatch.setattr(similarity, "_kept", {})
+    theta, originals = random(6, 12, seed=4), ORIGINALS.clone()
+    first, again = (similarity.outside_span(theta, originals) for _ in range(2))
+    other = similarity.outside_span(theta, originals.roll(3, 1))
+    originals[0, 11] += 1
+    changed = similarity.outside_span(theta, originals)
+    assert torch.equal(first, again) and len(made) == decompositions
+    assert not torch.allclose(first, other) and not torch.allclose(first, changed)
+
+
 # ---------------------------------------------------------------- among the generated
 
 @pytest.mark.parametrize("m, n", [(2, 5), (3, 1), (7, 40), (20, 3)])

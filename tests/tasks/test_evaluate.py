@@ -99,6 +99,33 @@ def test_vit_computes_the_class_token_alone(choice, size, tokens):
         assert [b.shape[1] for b in boundary] == tokens
 
 
+@pytest.mark.parametrize("name, size, convolutions", [("resnet18", 32, 0), ("resnet50", 32, 0), ("resnet18", 64, 1)])
+def test_a_convolution_of_one_pixel_is_a_matrix_product(name, size, convolutions):
+    net = network(name)
+    sub, x = subset.select(net, "last_norms:2"), images(5, size)
+    theta = vectors(net, sub)
+    scores, part, _ = ours(net, sub, theta, x)
+    expected = plain(net, sub, theta, x)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert sum(n.target is torch.ops.aten.conv2d.default for n in part.rest.graph.nodes) == convolutions
+
+
+@pytest.mark.parametrize("how, product", [
+    ({"kernel_size": 3, "padding": 1}, True), ({"kernel_size": 3, "padding": 1, "bias": False}, True), ({"kernel_size": 1}, True),
+    ({"kernel_size": (5, 3), "padding": (2, 2), "dilation": (1, 2), "stride": 3}, True),
+    ({"kernel_size": 3, "padding": 1, "groups": 2}, False), ({"kernel_size": 3, "padding": 2, "dilation": 2, "stride": 2}, True),
+    ({"kernel_size": 4, "padding": 3, "dilation": 2}, False), ({"kernel_size": 1, "padding": 3, "stride": 8}, False),  # meet padding alone
+    ({"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, False), ({"kernel_size": 3, "padding": 2}, False)])
+def test_which_entries_of_a_kernel_meet_the_pixel(how, product):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, **how), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    sub, x = subset.select(net, "0.*"), images(3, 1, 4)
+    theta = vectors(net, sub)
+    scores, part, _ = ours(net, sub, theta, x)
+    torch.testing.assert_close(scores, plain(net, sub, theta, x))
+    assert any(n.target is torch.ops.aten.linear.default for n in part.rest.graph.nodes) == product
+
+
 class Tokens(nn.Module):
     """What the narrowing must see through: broadcasting, negative axes, several readers, axes that are mixed."""
 
