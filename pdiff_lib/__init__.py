@@ -14,14 +14,11 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 __version__ = "0.1.0"
-# Bars of what takes less than a second are not shown: each is an output of its cell, and JupyterLab shows the first 50 of these.
-os.environ.setdefault("TQDM_DELAY", "1")
 
 # Short names of the modules in the wings, and of two wings whose packages hand on what their modules hold (so does `networks`).
 FACE = {file.stem: f"{__name__}.{file.parent.name}.{file.stem}" for file in Path(__file__).parent.glob("[a-z]*/[a-z]*.py")}

@@ -18,15 +18,6 @@ NOTEBOOKS = HERE / "notebooks"
 SMALL = {"train_images": 100, "test_images": 100, "network": "test_resnet", "base_epochs": 15, "base_lr": 0.01, "k_checkpoints": 12, "zoo_batch": 16,
          "ae_channels": [2, 2], "latent_dim": 4, "ae_steps": 3, "denoiser_channels": [2, 2, 2], "diffusion_steps": 3, "T": 40,
          "sampling_steps": 10, "samples": 5}
-ARENA = {"train_images": 100, "test_images": 100, "network": "mlp-4", "k_checkpoints": 8, "base_epochs": 3, "base_batch": 20,
-         "held_out": 4, "moments": 0, "latent_dim": 5, "mlp_width": 8, "diffusion_steps": 3, "sampling_steps": 2, "samples": 4,
-         "generators": {**{name: {"steps": 2, "width": 8} for name in ("flow", "unit flow", "SANE", "hyper-rep", "RPG")},
-                        "HyperDiffusion": {"steps": 2, "width": 16, "sampling_steps": 2}}}
-
-# Plotly's JavaScript is there four seconds later, as on a slow machine: anywidget waits for two.
-LATE = """{ let plotly;
-  Object.defineProperty(globalThis, "pdiffPlotly", {get: () => plotly, set: found => setTimeout(() => { plotly = found; }, 4000)});
-}"""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 
@@ -63,11 +54,11 @@ def pictures():
     return folder
 
 
-def small(name: str, folder, monkeypatch, stages, settings=SMALL, **more):
+def small(name: str, folder, monkeypatch, stages, **more):
     """A copy of a notebook with small parameters."""
     monkeypatch.setenv("PDIFF_RUNS", stages["PDIFF_RUNS"])
     path = jobs.find(name)
-    shutil.copy(app.page(path, jobs.check(path, {**settings, **more})), folder / f"{name}.ipynb")
+    shutil.copy(app.page(path, jobs.check(path, {**SMALL, **more})), folder / f"{name}.ipynb")
     return f"{name}.ipynb"
 
 
@@ -117,23 +108,6 @@ def test_explorers_in_jupyterlab(desk, pictures, monkeypatch, stages, table):
     saved = folder / name
     assert all(c.execution_count for c in nbformat.read(saved, as_version=4).cells if c.cell_type == "code")
     assert saved.stat().st_size < 1_000_000
-
-
-def test_the_arena_in_jupyterlab_without_a_network(desk, pictures, monkeypatch, stages):
-    folder, address = desk
-    name = small("70_arena", folder, monkeypatch, stages, ARENA)
-    notebook = nbformat.read(folder / name, as_version=4)
-    # The explorer alone: what it is made of, none of the tables and figures above it.
-    notebook.cells = [c for c in notebook.cells if c.cell_type == "code" and not re.search("tables|frames|mean|numbers", c.source)]
-    nbformat.write(notebook, folder / name)
-    with chromium() as page:
-        page.add_init_script(LATE)
-        asked = cut(page, address(name))
-        page.goto(address(name))
-        run_all(page)
-        page.keyboard.press("Control+b")
-        use_arena(page, pictures / "lab")
-        assert asked == []
 
 
 def cut(page, address: str) -> list[str]:
@@ -369,77 +343,3 @@ def use_sweep(page, picture):
     svg = exported(page, explorer, "svg")
     assert svg.startswith("<svg") and "seed of network and zoo" in svg
     explorer.screenshot(path=f"{picture}-sweep-used.png")
-
-
-# Of a method's points the one that is farthest from all others on the screen: its number but 0, and its place.
-ALONE = """(e, name) => {
-  const {xaxis, yaxis} = e._fullLayout, drawn = e._fullData.filter(t => t.name != "chosen").flatMap(t => Array.from(t.x, (x, i) =>
-    ({own: t.name == name, i, x, y: t.y[i], at: [xaxis.c2p(x), yaxis.c2p(t.y[i])]})));
-  const room = p => Math.min(...drawn.filter(q => q != p).map(q => Math.hypot(q.at[0] - p.at[0], q.at[1] - p.at[1])));
-  const found = drawn.filter(p => p.own && p.i > 0).sort((p, q) => room(q) - room(p))[0];
-  return [found.i, found.x, found.y];
-}"""
-
-
-def use_arena(page, picture):
-    """Another zoo, order, generator and strength; click, type."""
-    explorer = page.locator(".pdiff-contest")
-    explorer.locator(".js-plotly-plot .points path.point").first.wait_for(state="attached")  # some lie beyond the axis
-    explorer.scroll_into_view_if_needed()
-    figure, heatmaps, confusion = (explorer.locator(".js-plotly-plot").nth(i) for i in range(3))
-    facts = explorer.locator(".widget-html", has_text="originals' own distance").first
-    zoo, order, generator = (labelled(explorer, label, "select") for label in ("zoo", "order", "generator"))
-
-    def titled(*words: str):
-        wait_for(page, lambda: all(w in figure.locator(".gtitle").text_content() for w in words))
-
-    titled("flow", "8 independent networks", "canonical order")
-    explorer.screenshot(path=f"{picture}-arena.png")
-
-    zoo.select_option("one training")
-    titled("flow", "8 checkpoints of one training", "raw order")
-    wait_for(page, lambda: order.locator("option").all_text_contents() == ["raw"])
-    zoo.select_option("independent")
-    titled("flow", "8 independent networks", "raw order")
-    assert order.locator("option").all_text_contents() == ["canonical", "raw"]
-    generator.select_option("interpolation")
-    titled("interpolation 0.1")
-    labelled(explorer, "strength", ".noUi-handle").focus()
-    page.keyboard.press("ArrowRight")
-    titled("interpolation 0.2", "raw order")
-    wait_for(page, lambda: facts.text_content().startswith("interpolation 0.2 0:"))
-
-    number, x, y = figure.evaluate(ALONE, "interpolation 0.2")
-    picture_of, difference = "e => e.href.baseVal", heatmaps.locator(".heatmaplayer image").last
-    before = difference.evaluate(picture_of)
-    click(page, figure, "interpolation 0.2", number)
-    wait_for(page, lambda: facts.text_content().startswith(f"interpolation 0.2 {number}: accuracy {y:.2f} %"))
-    assert f"at {x:.2f} of the originals' own distance" in facts.text_content()
-    nearest = re.search(r"nearest: (original \d+),", facts.text_content())[1]
-    wait_for(page, lambda: f"nearest {nearest}" in heatmaps.locator(".infolayer").text_content())
-    wait_for(page, lambda: difference.evaluate(picture_of) != before)
-    wait_for(page, lambda: nearest in confusion.locator(".infolayer").text_content())
-    assert figure.evaluate("e => { const t = e._fullData.at(-1); return [t.name, t.x[0], t.y[0]] }") == ["chosen", x, y]
-    assert labelled(explorer, "index", "input").input_value() == str(number)
-    explorer.screenshot(path=f"{picture}-arena-used.png")
-
-    # A copy in raw order: nothing differs once its units are matched.
-    generator.select_option("copy")
-    wait_for(page, lambda: facts.text_content().startswith("copy 0:"))
-    assert "at 0.00 of the originals' own distance; maximum similarity 1.000" in facts.text_content()
-    wait_for(page, lambda: "0 of 100 images differ" in confusion.locator(".gtitle").text_content())
-
-    # The axis ends before what lies far beyond all others, and says so; it reaches to what is in colour.
-    note, axis = figure.locator(".annotation-text"), "e => [e._fullLayout.xaxis.type, ...e._fullLayout.xaxis.range]"
-    assert "not drawn, farther than 2.7: RPG (4)" in note.text_content()
-    kind, _, right = figure.evaluate(axis)
-    assert kind == "linear" and min(figure.evaluate("e => Array.from(e._fullData.find(t => t.name == 'RPG').x)")) > right
-    generator.select_option("RPG")
-    titled("RPG")
-    wait_for(page, lambda: figure.evaluate(axis)[0] == "log")
-    _, left, right = figure.evaluate(axis)
-    places = figure.evaluate("e => e._fullData.flatMap(t => Array.from(t.x))")
-    assert 10**left < min(places) and max(places) < 10**right and "nearer than that: copy (4)" in note.text_content()
-    explorer.screenshot(path=f"{picture}-arena-far.png")
-    generator.select_option("flow")
-    wait_for(page, lambda: figure.evaluate(axis)[0] == "linear")

@@ -66,35 +66,14 @@ class Bundle(anywidget.AnyWidget):
 
 class Figure(go.FigureWidget):
     """A FigureWidget without JavaScript of its own, that also shows its present state to a page that connects later (Voila; a
-    reloaded JupyterLab), where plotly's shows the state it was made with.
-
-    anywidget waits two seconds for a widget, and then loses all that is sent to it. On a busy machine plotly's JavaScript takes longer:
-    what comes before it is kept, and done then."""
+    reloaded JupyterLab), where plotly's shows the state it was made with."""
 
     _esm = """
 const plotly = new Promise(found => {
   const look = () => globalThis.pdiffPlotly ? found(globalThis.pdiffPlotly) : setTimeout(look, 20);
   look();
 });
-const MESSAGES = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"];
-export default () => {
-  let widget;
-  return {
-    initialize(context) {
-      const model = context.model, missed = [];
-      const keepers = MESSAGES.map(m => "_py2js_" + m).map(name => ["change:" + name, () => missed.push([name, model.get(name)])]);
-      keepers.forEach(keeper => model.on(...keeper));
-      widget = plotly.then(make => {
-        keepers.forEach(keeper => model.off(...keeper));
-        const made = make();
-        made.initialize(context);
-        missed.forEach(message => model.set(...message));
-        return made;
-      });
-    },
-    render: async context => (await widget).render(context),
-  };
-};
+export default async () => (await plotly)();
 """
     _bundle: Bundle | None = None
 
