@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing.util
 import os
 import threading
@@ -35,8 +36,10 @@ class Renderer:
         except BaseException:
             self._loop.call_soon_threadsafe(self._loop.stop)
             raise
-        # Called at the end of this process, be it one of `multiprocessing` (where `atexit` is not), and of no fork of it.
+        # Called once, at the end of this process, be it one of `multiprocessing` (where `atexit` is not), and of no fork of
+        # it. By `atexit` before what is older: the removal of the browser's folder, which fails while the browser writes.
         self.close = multiprocessing.util.Finalize(None, self._close, exitpriority=0)
+        atexit.register(self.close)
 
     @staticmethod
     async def _opened(kind: type) -> Any:
