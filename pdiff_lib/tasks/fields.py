@@ -28,28 +28,26 @@ class Fields(Task):
     Fields of bodies and of glyphs give a logit of being inside; of grey pictures the grey value, from 0 to 1. A training item is the
     i-th point of each object; test items are points that are the same for all objects, and in no training.
 
-    The score is a network's fidelity to the nearest of the originals' objects: IoU of what is inside, or PSNR. An original's is, as
-    a rule, its own object. A generated network has none: what is new is therefore nearest to something else, and scores less than a
-    copy; so do held-out originals, whose scores say what new objects can reach. For other objects see `fidelity`. "Wrong" are the
-    points where a network differs from that object: inside or not; of grey values by more than the originals do from their own
-    objects in the median.
+    The score is a network's fidelity to the nearest of the **test objects**, to which no network is fitted: IoU of what is inside, or
+    PSNR. So it says how real an object is, whichever it is: originals, networks that were held out, copies and new objects stand alike
+    under it. (PSNR rewards blur: a mean of many pictures is as near to a real one as another real one is. IoU does not.) How well a
+    network has learned its own object is another question, see `fidelity`. "Wrong" are the points where a network differs from that
+    test object: inside or not; of grey values by more than the originals do in the median.
 
     Args:
         data: see `objects.of`; `field_kind` decides between the two losses and scores.
         store: keeps what is made of meshes.
 
     Attributes:
-        objects: with their names and classes; in the order of the zoo's networks.
+        objects: with their names and classes; in the order of the zoo's networks, those for testing at the end.
 
     Source: Erkoc et al. 2023 (HyperDiffusion): binary cross-entropy of occupancy. Scores and grey pictures are ours.
     """
 
-    relative = True
-
     def __init__(self, data: recipe.Data, store: Store | None = None):
         self.kind, self.objects = data.field_kind, objects.of(data, store)
-        self.name, self.score = self.objects.name, PSNR if self.kind == "grey" else IOU
-        self.x_test, self.y_test = self.objects.test_points, self.objects.test_values.T
+        self.name, self.score, self.relative = self.objects.name, *((PSNR, True) if self.kind == "grey" else (IOU, False))
+        self.x_test, self.y_test = self.objects.test_points, self.objects.test_values[self.objects.fitted:].T
         self.members: tuple[int, ...] | None = None
         self._take(slice(None))
 
@@ -63,9 +61,9 @@ class Fields(Task):
         Raises:
             ValueError: more networks than objects.
         """
-        if len(members) and not 0 <= min(members) <= max(members) < len(self.objects):
-            raise ValueError(f"network {max(members)} of a zoo of {self.name}, which has {len(self.objects)} objects, one for each network: "
-                             f"expected at most {len(self.objects)} networks, k_checkpoints and those held out together")
+        if len(members) and not 0 <= min(members) <= max(members) < self.objects.fitted:
+            raise ValueError(f"network {max(members)} of a zoo of {self.name}, which has {self.objects.fitted} objects for training, one for "
+                             f"each network: expected at most {self.objects.fitted} networks, k_checkpoints and those held out together")
         part = copy.copy(self)
         for name in ("training_digest", "digest"):
             part.__dict__.pop(name, None)
@@ -129,10 +127,13 @@ class Fields(Task):
             items: which test points count; None: all.
 
         Returns:
-            To each of all objects, held-out ones included, in the order of `objects`. NaN for outputs that are not finite.
+            To each of all objects, in the order of `objects`. NaN for outputs that are not finite.
         """
+        return self._fidelity(outputs, self.objects.test_values.T, items)
+
+    def _fidelity(self, outputs: Float[Tensor, "M N 1"], wanted: Shaped[Tensor, "N O"], items: Int64[Tensor, "n"] | None) -> Float64[Tensor, "M O"]:
         items = slice(None) if items is None else items
-        given, y = outputs[:, items, 0].double(), self.y_test[items].double()
+        given, y = outputs[:, items, 0].double(), wanted[items].double()
         if self.kind == "grey":
             squares = torch.addmm(y.square().sum(dim=0).expand(len(given), -1), given, y, alpha=-2) + given.square().sum(dim=1)[:, None]
             value = -10 * (squares / len(y)).clamp(min=EXACT).log10()
@@ -145,24 +146,20 @@ class Fields(Task):
 
     def judged(self, outputs: Float[Tensor, "M N 1"], originals: Float[Tensor, "K N 1"] | None = None,
                items: Int64[Tensor, "n"] | None = None) -> Judged:
-        """Fidelity to the nearest object, of those of the originals (None: of all), and the points that differ from it.
+        """Fidelity to the nearest test object, and the points that differ from it.
 
         Args:
             outputs: as `predictor` gives them.
-            originals: of networks 0 .. K - 1, whose objects are objects 0 .. K - 1.
+            originals: those of the originals; what grey values that differ are measured by (None: by the networks' own).
             items: which test points count, also in what is nearest; None: all.
-
-        Raises:
-            ValueError: more originals than objects.
         """
-        known = len(self.objects) if originals is None else len(originals)
-        if known > len(self.objects):
-            raise ValueError(f"{known} originals of {len(self.objects)} objects: expected at most one for each")
-        score, nearest = self.fidelity(outputs, items)[:, :known].max(dim=1)
+        score, nearest = self._fidelity(outputs, self.y_test, items).max(dim=1)
         items = slice(None) if items is None else items
         given, wanted = outputs[:, items, 0], self.y_test[items][:, nearest].T
         if self.kind != "grey":
             return Judged(score, ((given > 0) != wanted) | ~torch.isfinite(given))
         error = (given - wanted).abs()
-        usual = error if originals is None else (originals[..., 0] - self.y_test[:, :known].T).abs()
-        return Judged(score, ~(error <= usual.median()))
+        if originals is None:
+            return Judged(score, ~(error <= error.median()))
+        _, near = self._fidelity(originals, self.y_test, None).max(dim=1)
+        return Judged(score, ~(error <= (originals[..., 0] - self.y_test[:, near].T).abs().median()))

@@ -29,7 +29,8 @@ def load(settings: recipe.Data, store: Store | None = None) -> tuple[Any, ...]:
     `SIGMA`. A point is inside where the generalised winding number is at least 1/2: also of meshes with holes and open parts.
 
     Args:
-        settings: `dataset`, the folder; `train_images`, how many bodies (0: all); `field_points`, `field_test_points`, `data_seed`.
+        settings: `dataset`, the folder; `test_images`, how many bodies are for testing (0: a fifth of all), and `train_images`, how many
+            others there are (0: the rest); `field_points`, `field_test_points`, `data_seed`.
         store: keeps points and values of each file (stage "shape"); None keeps nothing.
 
     Returns:
@@ -41,19 +42,20 @@ def load(settings: recipe.Data, store: Store | None = None) -> tuple[Any, ...]:
 
     Source: Erkoc et al. 2023 (HyperDiffusion): points, sigma, inside by winding number.
     """
-    if settings.test_images or settings.image_channels:
-        raise ValueError(f"test_images = {settings.test_images} and image_channels = {settings.image_channels} with field_kind 'mesh': expected "
-                         "0 (train_images says how many bodies in all)")
+    if settings.image_channels:
+        raise ValueError(f"image_channels = {settings.image_channels} with field_kind 'mesh': expected 0")
     folder = Path(settings.dataset)
     if not folder.is_dir():
         raise ValueError(f"dataset {settings.dataset!r} is no folder: expected one of meshes ({', '.join(SUFFIXES)}), or of a folder for each "
                          "class of them, with field_kind 'mesh'")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not any(q.startswith(".") for q in p.relative_to(folder).parts))
-    if len(found) < max(1, settings.train_images):
+    tests = settings.test_images or max(1, len(found) // 5)
+    fitted = settings.train_images or len(found) - tests
+    if len(found) < max(1, fitted) + tests:
         raise ValueError(f"folder {folder.name!r} holds {len(found)} meshes ({', '.join(SUFFIXES)}): expected at least "
-                         f"{max(1, settings.train_images)}")
+                         f"{max(1, fitted) + tests}, {max(1, fitted)} for training and {tests} for testing")
     # RandomState, whose numbers NumPy promises never to change.
-    order = np.random.RandomState(settings.data_seed).permutation(len(found))[:settings.train_images or None]
+    order = np.random.RandomState(settings.data_seed).permutation(len(found))[:fitted + tests]
     files = [found[i] for i in order]
     kinds = [p.relative_to(folder).parts[0] if p.parent != folder else folder.name for p in files]
     classes = tuple(sorted(set(kinds)))
@@ -63,7 +65,7 @@ def load(settings: recipe.Data, store: Store | None = None) -> tuple[Any, ...]:
     parts = [_body(file, str(file.relative_to(folder)), settings, test, store) for file in bar]
     points, values, test_values = (torch.stack([part[name] for part in parts]) for name in ("points", "inside", "test"))
     return (tuple(str(f.relative_to(folder)) for f in files), torch.tensor([classes.index(k) for k in kinds]), classes, points, values, test,
-            test_values)
+            test_values, fitted)
 
 
 def _uniform(n: int, seed: int, *purpose: str) -> Float[Tensor, "n 3"]:

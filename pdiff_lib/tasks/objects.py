@@ -30,6 +30,7 @@ class Objects:
         values: [O n] there: grey values from 0 to 1, or whether inside.
         test_points: [N d], uniform.
         test_values: [O N] there.
+        fitted: how many of them networks may be fitted to, the first ones; by the others, test objects, networks are judged.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Objects:
     values: Float[Tensor, "O n"] | Bool[Tensor, "O n"]
     test_points: Float[Tensor, "N d"]
     test_values: Float[Tensor, "O N"] | Bool[Tensor, "O N"]
+    fitted: int
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,8 +56,8 @@ def of(settings: recipe.Data, store: Store | None = None) -> Objects:
     """The objects that a recipe names, in a random order (of `data_seed`): training images before test images.
 
     Args:
-        settings: `dataset`, `field_kind`, `field_points`, `field_test_points`; of images `image_size`, to which they are brought
-            first, `train_images` and `test_images`; of meshes `train_images`, how many in all.
+        settings: `dataset`, `field_kind`, `field_points`, `field_test_points`, `train_images` and `test_images`; of images
+            `image_size`, to which they are brought first. Meshes for testing: 0 is a fifth of those in the folder.
         store: where the points of meshes are kept.
 
     Raises:
@@ -81,7 +83,7 @@ def of(settings: recipe.Data, store: Store | None = None) -> Objects:
                 raise ValueError(f"{names[int(empty[0])]} of {found.name!r} is empty: no grey value of at least {THRESHOLD:g} (white on "
                                  f"black) at {part.shape[1]} points; expected glyphs, more points, or field_kind 'grey'")
     return Objects(recipe.short(found.name), tuple(names), torch.cat([y[rows] for y, rows in zip((found.y_train, found.y_test), orders)]),
-                   found.classes, points.expand(len(names), -1, -1), values, test_points, test_values)
+                   found.classes, points.expand(len(names), -1, -1), values, test_points, test_values, len(found.y_train))
 
 
 def uniform(n: int, d: int, seed: int) -> Float[Tensor, "n d"]:
