@@ -98,13 +98,13 @@ class Arena:
 
     @cached_property
     def units(self) -> symmetry.Groups | None:
-        """`symmetry.groups` of the network; None: not understood, or not all of its parameters: then there is no canonical order."""
-        return entrants.units_of(self.experiment)
+        """`symmetry.groups` of the network, which distances match. None: not understood, or not all of its parameters; or networks from
+        a common start (`zoo_start`), whose units have one order: there is nothing to match then, and no canonical order."""
+        return entrants.units_of(self.experiment) if self.recipe.population.zoo_start == "independent" else None
 
     @cached_property
     def order(self) -> symmetry.Canonical | None:
-        """The canonical order of the originals (balanced, three rounds). None where units are not understood, and where it makes no
-        difference: checkpoints of one training have their units in one order."""
+        """The canonical order of the originals (balanced, three rounds). None where units are not understood or have one order."""
         if self.units is None or not self.experiment.independent:
             return None
         made, theta = symmetry.Canonical(self.experiment._initial, balanced=True, rounds=3), self._part(0)

@@ -75,7 +75,8 @@ class Entrants(Experiment):
     def _methods(self) -> dict[str, Any]:
         given, seed, groups = self._settings, self.recipe.autoencoder.pdiff_seed, self.units
         own = {"device": self.device, "progress": self.progress}
-        usual = {} if self.independent else {"unit flow": {"places": "learned"}}  # units of one training are the same ones in all saves
+        # Units of one training, or from a common start, are the same ones in all networks.
+        usual = {} if self.independent and self.recipe.population.zoo_start == "independent" else {"unit flow": {"places": "learned"}}
 
         def made(family: str, *arguments: Any, **other: Any) -> Any:
             return FAMILIES[family](*arguments, **own, **{"generator_seed": seed, **usual.get(family, {}), **given.get(family, {}), **other})

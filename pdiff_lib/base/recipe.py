@@ -46,8 +46,8 @@ class Section:
 class Data(Section):
     """What networks are trained for (`task`: "classification", "regression", "fields", or `package.module:Class` of your own), and on
     what: `dataset`, for images see `data.load`; sizes in pixels; 0 images = all there are, 0 channels = as stored. Fields are of
-    `field_kind` "grey" (images), "glyph" (images by threshold: what is at least half white) or "mesh" (a folder of bodies, see
-    `meshes.load`), and learn from `field_points` of each object (of a body as many more near its surface); judged at
+    `field_kind` "grey" (images), "glyph" (images by threshold: what is at least half white), "extruded" (glyphs as bodies) or "mesh" (a
+    folder of bodies, see `meshes.load`), and learn from `field_points` of each object (of a body as many more near its surface); judged at
     `field_test_points`."""
 
     task: str = "classification"
@@ -57,7 +57,7 @@ class Data(Section):
     train_images: int = setting(0, 0)
     test_images: int = setting(0, 0)
     data_seed: int = setting(0, 0)
-    field_kind: str = setting("grey", choices=("grey", "glyph", "mesh"))
+    field_kind: str = setting("grey", choices=("grey", "glyph", "extruded", "mesh"))
     field_points: int = setting(100_000, 2)
     field_test_points: int = setting(100_000, 2)
 

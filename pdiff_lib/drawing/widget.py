@@ -168,8 +168,12 @@ class Export(widgets.HBox):
         except Exception as e:  # no browser to draw with, a full disk: to be read where the button is
             self.link.value = f"<b>{html.escape(f'{type(e).__name__}: {e}'[:300])}</b>"
             return
-        # The page may be far from the disk that the file is on, so it carries the file.
-        content = base64.b64encode(path.read_bytes()).decode()
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        name = html.escape(path.name)
-        self.link.value = f'<a download="{name}" href="data:{kind};base64,{content}">{name}</a>'
+        self.link.value = linked(path)
+
+
+def linked(path: Path) -> str:
+    """HTML that hands a file to the browser. The page may be far from the disk that the file is on, so it carries the file."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    name = html.escape(path.name)
+    return f'<a download="{name}" href="data:{kind};base64,{content}">{name}</a>'

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import html
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import ipywidgets as widgets
@@ -19,6 +17,7 @@ from pdiff_lib.base import recipe
 from pdiff_lib.drawing import plots
 from pdiff_lib.drawing.widget import WIDE, WRAP, Export, Figure, show
 from pdiff_lib.experiment import ORIGINAL, PDIFF, Experiment
+from pdiff_lib.explorers.work import Work
 from pdiff_lib.generators import pdiff
 
 MOMENTS = 101  # at most so many moments of a chain are decoded and evaluated
@@ -34,11 +33,7 @@ class Collects(Protocol):
     def add(self, theta: Tensor, measured: Any) -> None: ...
 
 
-class Stopped(Exception):
-    """Someone pressed Stop."""
-
-
-class Denoising(widgets.VBox):
+class Denoising(Work):
     """One chain from noise to network, step by step: parameters, path of the latent and accuracy, at one moment.
 
     Follow computes the chain of another seed or sampler; Generate draws new networks with that sampler. Both work beside the
@@ -59,7 +54,6 @@ class Denoising(widgets.VBox):
         self.method: pdiff.PDiff = experiment.fitted(PDIFF)
         self.generated = experiment.zoo.theta[:0]
         self._pca = PCA(2).fit(self.method.z.cpu())
-        self._stop = False
         self._generators: dict[int, torch.Generator] = {}
         T = self.method.schedule.T
         self.seed = widgets.BoundedIntText(0, 0, 2**31 - 1, description="seed", layout={"width": "150px"})
@@ -74,14 +68,11 @@ class Denoising(widgets.VBox):
         self.label = widgets.Label()
         self.count = widgets.BoundedIntText(20, 1, 10_000, description="networks", layout={"width": "170px"})
         self.generate_button = widgets.Button(description="Generate", tooltip="draw new networks with this sampler")
-        self.stop_button = widgets.Button(description="Stop", disabled=True, tooltip="keep what is complete, and stop")
-        self.progress = widgets.FloatProgress(max=1.0, layout={"width": "220px"})
-        self.status = widgets.HTML()
+        self._work(self.seed, self.sampler, self.steps, self.count, self.follow_button, self.generate_button)
         self._take(self._follow(lambda: None))
         self.moment.observe(self._step, "value")
         self.follow_button.on_click(lambda _: self._start(self.follow()))
         self.generate_button.on_click(lambda _: self._start(self.generate()))
-        self.stop_button.on_click(lambda _: self.stop())
         super().__init__([
             widgets.HBox([self.seed, self.sampler, self.steps, self.follow_button], layout=WRAP),
             widgets.HBox([self.play, self.moment, self.label], layout=WRAP), self.figure,
@@ -144,17 +135,6 @@ class Denoising(widgets.VBox):
         return pd.DataFrame({"steps_remaining": self.path.t, "accuracy": self.accuracy.numpy(), "PC1": self._plane[:, 0].numpy(),
                              "PC2": self._plane[:, 1].numpy()})
 
-    def _start(self, work: Coroutine) -> None:
-        """Run beside the kernel's other work; without a loop (a script), here and now."""
-        try:
-            self.task = asyncio.get_running_loop().create_task(work)
-        except RuntimeError:
-            asyncio.run(work)
-
-    def stop(self) -> None:
-        """End what is being computed, at its next step."""
-        self._stop = True
-
     async def follow(self) -> None:
         """Compute the chain of the chosen seed and sampler, and show it."""
         async def work(tick):
@@ -189,32 +169,3 @@ class Denoising(widgets.VBox):
         theta = method.sample(n, generator).cpu()
         measured = self.scatter.measure(theta) if self.scatter is not None else None
         return theta, self.experiment.judged_of(theta).score, measured
-
-    async def _watched(self, work: Callable[[Callable[[], None]], Coroutine], total: int) -> None:
-        """Await `work(tick)` with the progress bar at the share of `total` ticks; Stop ends it at a tick."""
-        loop, done, drawn = asyncio.get_running_loop(), 0, 0.0
-
-        def tick() -> None:  # in the thread that samples, which must not touch a widget
-            nonlocal done, drawn
-            if self._stop:
-                raise Stopped
-            done += 1
-            if time.monotonic() - drawn > 0.1:
-                drawn = time.monotonic()
-                loop.call_soon_threadsafe(setattr, self.progress, "value", done / total)
-
-        self._busy(True)
-        try:
-            self.status.value = await work(tick)
-            self.progress.value = 1.0
-        except Stopped:
-            self.status.value = f"stopped; {self.status.value}"
-        except Exception as e:  # no cell shows what happens after it has ended
-            self.status.value = f"<b>{html.escape(f'{type(e).__name__}: {e}')}</b>"
-        finally:
-            self._busy(False)
-
-    def _busy(self, busy: bool) -> None:
-        self._stop, self.stop_button.disabled = False, not busy
-        for control in (self.seed, self.sampler, self.steps, self.count, self.follow_button, self.generate_button):
-            control.disabled = busy

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from pdiff_lib.base import vectors
+from pdiff_lib.base import training, vectors
 from pdiff_lib.base.recipe import setting
 from pdiff_lib.base.runs import tensor_digest
 from pdiff_lib.generators import denoiser, diffusion, learned, targets
+from pdiff_lib.generators.flow import Trajectory
 
 CHUNK = 1024  # vectors that are sampled at once: bounds memory
 
@@ -137,9 +138,43 @@ class HyperDiffusion(learned.Learned):
         eps = torch.randn(x.shape, device=self.device, generator=g)
         return (net(self.schedule.add_noise(x, eps, t), t) - x).square().mean()
 
-    def _draw(self, n: int, generator: torch.Generator | None, condition: Tensor | None) -> Float[Tensor, "n D"]:
+    def _draw(self, n: int, generator: torch.Generator | None, condition: Tensor | None = None,
+              callback: diffusion.Callback | None = None) -> Float[Tensor, "n D"]:
         start = diffusion.randn((n, self.numel), self.device, generator)
         denoise, sampler = targets.from_x0(self.net, self.schedule), diffusion.SAMPLERS[self.settings.sampler]
-        x = torch.cat([sampler(denoise, part, self.schedule, steps=self.settings.sampling_steps, generator=generator,
+        if callback is not None:
+            callback(self.schedule.T, start)
+        x = torch.cat([sampler(denoise, part, self.schedule, steps=self.settings.sampling_steps, generator=generator, callback=callback,
                                progress=self.progress) for part in start.split(CHUNK)])
         return vectors.vectors(self.standardise.inverse(x))  # refuses what is not finite
+
+    def trajectory(self, n: int = 5, moments: int = 11, generator: torch.Generator | None = None) -> Trajectory:
+        """The reverse process of n vectors at evenly spaced moments.
+
+        Args:
+            n: how many vectors, at most `CHUNK`.
+            moments: how many moments, first and last included; at most one per sampling step and the start.
+            generator: of the noise.
+
+        Returns:
+            t: diffusion steps that remain, from T to 0.
+
+        Raises:
+            ValueError: before `fit`, or more vectors than are sampled at once.
+        """
+        self._fitted()
+        if n > CHUNK:
+            raise ValueError(f"the trajectory of {n} vectors: expected at most {CHUNK}")
+        remaining = [self.schedule.T, *(t + 1 for t in self.schedule.ladder(self.settings.sampling_steps)[1:]), 0]
+        chosen = {remaining[round(i * (len(remaining) - 1) / max(moments - 1, 1))] for i in range(moments)}
+        t: list[int] = []
+        theta: list[Tensor] = []
+
+        def keep(steps_left: int, x: Tensor) -> None:
+            if steps_left in chosen:
+                t.append(steps_left)
+                theta.append(vectors.vectors(self.standardise.inverse(x)))
+
+        with torch.no_grad(), training.precision(self.device):
+            self._draw(n, generator, callback=keep)
+        return Trajectory(t, torch.stack(theta))

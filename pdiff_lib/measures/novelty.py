@@ -166,11 +166,8 @@ def _both(theta: Array, others: Array, groups: Groups | None) -> tuple[Tensor, T
 def leave_one_out(originals: Float[Array, "K D"], groups: Groups | None = None, at_most: int = 512,
                   generator: torch.Generator | None = None) -> float:
     """Median of the originals' matched distances to their nearest other one: the unit of relative distance. Of more than `at_most`
-    originals so many are drawn (`generator`; None: one with seed 0) and compared with all others.
-
-    Raises:
-        ValueError: what `matched_distances` refuses, `at_most` below 1, or a median of 0, as most are copies of others.
-    """
+    originals so many are drawn (`generator`; None: one with seed 0) and compared with all others. ValueError: what `matched_distances`
+    refuses, `at_most` below 1, or a median of 0, as most are copies of others."""
     _, originals, groups = _both(vectors.vectors(originals, at_least=2), originals, groups)
     if at_most < 1:
         raise ValueError(f"at_most is {at_most}: expected at least 1")
@@ -198,11 +195,13 @@ def _sign(better: str) -> int:
 
 def data_copying(generated: Float[Tensor, "M"], held_out: Float[Tensor, "N"]) -> float:
     """Z_U, the normalised Mann-Whitney U of distances to the nearest training network, ties corrected: far below 0, generated
-    networks are nearer than held-out ones, as copies are. 0 also where all distances are equal.
+    networks are nearer than held-out ones, as copies are. 0 also where all distances are equal. ValueError: one that is not finite.
 
     Source: Meehan et al. 2020 (arXiv 2004.05675), Z_U over the whole space, not cell by cell.
     """
     generated, held_out, m, n = generated.double(), held_out.to(generated).double(), len(generated), len(held_out)
+    if not torch.isfinite(torch.cat([generated, held_out])).all():
+        raise ValueError("distances with NaN or infinity: expected finite ones; count what is broken, then leave it out")
     u = sum(float(torch.searchsorted(held_out.sort().values, generated, right=right).double().sum()) / 2 for right in (False, True))
     ties = torch.cat([generated, held_out]).unique(return_counts=True)[1].double()
     variance = m * n / 12 * (m + n + 1 - float((ties**3 - ties).sum()) / ((m + n) * (m + n - 1)))

@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 
 from pdiff_lib.base import inputs, recipe, training
 from pdiff_lib.base.runs import Store
+from pdiff_lib.networks import surfaces
 
 SIGMA = 0.01  # of points near the surface, in units of the cube's half side
 INSIDE = 0.5  # winding number from which on a point is inside
 FILL = 0.95  # of the cube, along a body's longest side
 SUFFIXES = (".ply", ".obj", ".stl", ".off", ".glb", ".gltf", ".3mf", ".dae")
-EXTRA = "expected the extra, pip install 'pdiff-lib[shapes]'"
 
 
 def load(settings: recipe.Data, store: Store | None = None) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ def load(settings: recipe.Data, store: Store | None = None) -> tuple[Any, ...]:
     parts = [_body(file, str(file.relative_to(folder)), settings, test, store) for file in bar]
     points, values, test_values = (torch.stack([part[name] for part in parts]) for name in ("points", "inside", "test"))
     return (tuple(str(f.relative_to(folder)) for f in files), torch.tensor([classes.index(k) for k in kinds]), classes, points, values, test,
-            test_values, fitted)
+            test_values, fitted, lambda rows, where: torch.stack([look(files[i], str(files[i].relative_to(folder)), where) for i in rows]))
 
 
 def _uniform(n: int, seed: int, *purpose: str) -> Float[Tensor, "n 3"]:
@@ -84,11 +84,16 @@ def _body(file: Path, name: str, settings: recipe.Data, test: Float[Tensor, "N 3
         inside = winding(vertices, faces, torch.cat([points, test])) >= INSIDE
         return {"points": points, "inside": inside[:len(points)], "test": inside[len(points):]}
 
-    part = store.stage("shape", key, compute, code=(read, normalised, near, winding, _uniform))
+    part = store.stage("shape", key, compute, code=(read, normalised, near, surfaces.points_on, winding, _uniform))
     if not part["test"].any():
         raise ValueError(f"mesh {name} is empty: none of {len(test)} points in the cube is inside (winding number of at least {INSIDE:g}); "
                          "expected a body whose faces look outward, or more points")
     return part
+
+
+def look(file: Path, name: str, points: Float[Tensor, "n 3"]) -> Float[Tensor, "n"]:
+    """How often a body's surface goes around any points of the cube that it is brought into."""
+    return winding(*normalised(*read(file, name)), points).float()
 
 
 def read(file: Path, name: str) -> tuple[Float[Tensor, "V 3"], Int64[Tensor, "F 3"]]:
@@ -97,12 +102,9 @@ def read(file: Path, name: str) -> tuple[Float[Tensor, "V 3"], Int64[Tensor, "F 
     Raises:
         ValueError: trimesh is missing, or no mesh in the file; names it.
     """
+    package = surfaces.trimesh()
     try:
-        import trimesh  # here, as it is an extra
-    except ImportError as error:
-        raise ValueError(f"meshes are read by trimesh, which is not installed: {EXTRA}") from error
-    try:
-        mesh = trimesh.load(file, force="mesh", process=False)
+        mesh = package.load(file, force="mesh", process=False)
         vertices, faces = torch.tensor(np.asarray(mesh.vertices), dtype=torch.float32), torch.tensor(np.asarray(mesh.faces), dtype=torch.int64)
     except Exception as error:  # each format fails in ways of its own
         raise ValueError(f"mesh {name} cannot be read ({type(error).__name__}: {error}): expected a mesh in one of {', '.join(SUFFIXES)}") from error
@@ -125,12 +127,7 @@ def normalised(vertices: Float[Tensor, "V 3"], faces: Int64[Tensor, "F 3"]) -> t
 
 def near(vertices: Float[Tensor, "V 3"], faces: Int64[Tensor, "F 3"], n: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
     """Points uniform on the surface, each moved by a normal error of `SIGMA` in each direction."""
-    a, b, c = vertices[faces].unbind(dim=1)
-    area = torch.linalg.cross(b - a, c - a).norm(dim=1).double().cumsum(dim=0)
-    pick = torch.searchsorted(area, area[-1] * torch.rand(n, generator=generator, dtype=torch.float64)).clamp(max=len(faces) - 1)
-    u, v = torch.rand(2, n, 1, generator=generator)
-    u, v = torch.where(u + v > 1, 1 - u, u), torch.where(u + v > 1, 1 - v, v)
-    return a[pick] + u * (b - a)[pick] + v * (c - a)[pick] + SIGMA * torch.randn(n, 3, generator=generator)
+    return surfaces.points_on(vertices, faces, n, generator) + SIGMA * torch.randn(n, 3, generator=generator)
 
 
 def winding(vertices: Float[Tensor, "V 3"], faces: Int64[Tensor, "F 3"], points: Float[Tensor, "n 3"]) -> Float64[Tensor, "n"]:
@@ -145,6 +142,6 @@ def winding(vertices: Float[Tensor, "V 3"], faces: Int64[Tensor, "F 3"], points:
     try:
         import igl  # here, as it is an extra
     except ImportError as error:
-        raise ValueError(f"winding numbers are computed by libigl, which is not installed: {EXTRA}") from error
+        raise ValueError(f"winding numbers are computed by libigl, which is not installed: {surfaces.EXTRA}") from error
     found = igl.fast_winding_number(vertices.double().numpy(), faces.numpy(), points.double().numpy())
     return torch.from_numpy(np.asarray(found, dtype=np.float64).reshape(-1))

@@ -238,6 +238,9 @@ def test_data_copying_equals_a_double_loop_and_scipy(m, n, shift, digits_kept):
 def test_data_copying_of_copies_and_of_nothing_to_tell():
     assert novelty.data_copying(torch.zeros(50), torch.rand(60, generator=seeded()) + 1) < -8
     assert novelty.data_copying(torch.ones(5), torch.ones(4)) == 0
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            novelty.data_copying(torch.tensor([1.0, bad]), torch.ones(4))
 
 
 def test_spread_equals_numpy():

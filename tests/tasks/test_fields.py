@@ -198,8 +198,9 @@ def test_every_generator_runs_on_fields_in_the_arena(store):
     arena = Arena(Recipe.of(**SETTINGS), HELD, settings=TINY, moments=3, store=store, device=DEVICE, progress=False)
     names = ["copy", "average", "interpolation 0.5", "gaussian 1", PDIFF, "flow", "unit flow", "G.pt"]
     frame = arena.frame(names)
-    assert arena.orders == ("canonical", "raw") and set(frame.method) == {HELD_OUT, *names} and not frame.score.isna().any()
-    means = frame[frame.order != "raw"].groupby("method").score.mean()
+    assert arena.orders == ("raw",) and arena.units is None and arena.entrants("raw", 0).methods["unit flow"].settings.places == "learned"
+    assert set(frame.method) == {HELD_OUT, *names} and not frame.score.isna().any()
+    means = frame.groupby("method").score.mean()
     assert abs(means["copy"] - means[HELD_OUT]) < 3 and means[["copy", HELD_OUT]].min() > means[["unit flow", "G.pt"]].max()
     held = arena.experiment.predictor(arena.held)
     assert torch.equal(arena.experiment.task.fidelity(held).argmax(dim=1), torch.arange(K, K + HELD))

@@ -1,0 +1,97 @@
+"""Figures of forms: pictures in rows, and a form while noise leaves its parameters. `plots` has them too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from pdiff_lib.drawing.palette import COLOURS
+
+GAP = 3  # cells between pictures
+Mesh = tuple[Float[Tensor, "V 3"], Int64[Tensor, "F 3"]]
+BODY = {"lighting": {"ambient": 0.35, "diffuse": 0.85, "specular": 0.1, "roughness": 0.8}, "lightposition": {"x": -2000, "y": 3000, "z": 4000},
+        "hoverinfo": "skip"}
+
+
+def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, notes: Mapping[str, Sequence[str]] | None = None, lit: bool = False) -> go.Figure:
+    """Pictures in rows.
+
+    Args:
+        rows: by what stands before each row; brightness from 0 to 1, NaN for nothing. Rows may differ in length.
+        title: what, on what, at which scale.
+        notes: what stands under each picture of a row, by the row's name.
+        lit: pictures of bodies, as a camera sees them; else ink on paper.
+    """
+    (h, w), notes, longest = next(iter(rows.values())).shape[1:], notes or {}, max(len(r) for r in rows.values())
+    strips = []
+    for row in rows.values():
+        row = torch.cat([row, row.new_full((longest - len(row), h, w), torch.nan)])
+        strips.append(F.pad(torch.cat([*F.pad(row, (0, GAP), value=torch.nan)], dim=1), (0, 0, 0, GAP + 5 * bool(notes)), value=torch.nan))
+    high = h + GAP + 5 * bool(notes)
+    fig = go.Figure(go.Heatmap(z=torch.cat(strips).cpu().numpy(), zmin=0, zmax=1, showscale=False, hoverinfo="skip",
+                               colorscale="gray" if lit else [[0, "#f1f1ee"], [1, "#111111"]]))
+    for i, name in enumerate(rows):
+        for j, note in enumerate(notes.get(name, ())):
+            fig.add_annotation(x=j * (w + GAP) + w / 2 - 0.5, y=i * high + h + 2, text=note, showarrow=False, font={"size": 10})
+    scale = min(960 / (longest * (w + GAP)), 110 / h)
+    fig.update_xaxes(visible=False).update_yaxes(autorange="reversed", scaleanchor="x", showgrid=False, ticks="", linecolor="white",
+                                                 tickvals=[i * high + h / 2 for i in range(len(rows))], ticktext=list(rows))
+    return fig.update_layout(title=title, width=round(scale * longest * (w + GAP)) + 230, height=round(scale * len(rows) * high) + 100,
+                             margin={"l": 200, "t": 70, "b": 15, "r": 15})
+
+
+def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | Mesh, t: Sequence[float], distance: Float[Tensor, "S"],
+            title: str, *, usual: float, moment: int, axis: str, measure: str) -> go.Figure:
+    """A form on its way from noise, the training object that it ends nearest to, and how far it is from it.
+
+    Args:
+        form, nearest: pictures, brightness from 0 to 1, or vertices and faces: then both are bodies in one space, side by side.
+        t: [S] moments.
+        distance: [S] to the nearest training object at each of them; NaN where there is no form.
+        title: what, on what, at which scale.
+        usual: the distance of held-out networks, a line.
+        moment: which of them is shown.
+        axis, measure: what t and distance are.
+    """
+    bodies = isinstance(form, tuple)
+    panels = ["the field, and the training object it ends nearest to", "distance to the nearest training object"]
+    if bodies:
+        fig = make_subplots(rows=1, cols=2, column_widths=[0.62, 0.38], specs=[[{"type": "scene"}, {"type": "xy"}]], subplot_titles=panels)
+        fig.add_mesh3d(**coordinates(form, -1.1), color=COLOURS[0], name="field", **BODY, row=1, col=1)
+        fig.add_mesh3d(**coordinates(nearest, 1.1), color="#999999", name="nearest", **BODY, row=1, col=1)
+        hidden = {"visible": False}
+        fig.update_scenes(aspectmode="data", xaxis={**hidden, "range": [-2.2, 2.2]}, yaxis={**hidden, "range": [-1.1, 1.1]},
+                          zaxis={**hidden, "range": [-1.1, 1.1]}, camera={"up": {"x": 0, "y": 1, "z": 0}, "eye": {"x": 0.3, "y": 0.3, "z": 1.6}})
+    else:
+        fig = make_subplots(rows=1, cols=3, column_widths=[0.3, 0.3, 0.4], subplot_titles=["the field", "the training object it ends nearest to", panels[1]])
+        ink = {"zmin": 0, "zmax": 1, "showscale": False, "colorscale": [[0, "#f1f1ee"], [1, "#111111"]], "hoverinfo": "skip"}
+        fig.add_heatmap(z=form.cpu().numpy(), name="field", **ink, row=1, col=1)
+        fig.add_heatmap(z=nearest.cpu().numpy(), name="nearest", **ink, row=1, col=2)
+        for col in (1, 2):
+            fig.update_xaxes(visible=False, constrain="domain", row=1, col=col)
+            fig.update_yaxes(visible=False, autorange="reversed", scaleanchor=f"x{col if col > 1 else ''}", constrain="domain", row=1, col=col)
+    last = 2 if bodies else 3
+    x, y = list(range(len(t))), distance.cpu().numpy()
+    fig.add_scatter(x=x, y=y, mode="lines", name="this one", line={"color": COLOURS[0]}, row=1, col=last)
+    fig.add_scatter(x=[x[0], x[-1]], y=[usual] * 2, mode="lines", name="held-out networks (median)", line={"color": "#555", "dash": "dash"}, row=1, col=last)
+    fig.add_scatter(x=[moment], y=[y[moment]], mode="markers", name="now", showlegend=False, row=1, col=last,
+                    marker={"size": 13, "color": "#D55E00", "symbol": "circle-open", "line": {"width": 3}})
+    shown = sorted({round(i * (len(t) - 1) / 4) for i in range(5)})
+    fig.update_xaxes(title=axis, tickvals=shown, ticktext=[f"{t[i]:.3g}" for i in shown], row=1, col=last)
+    fig.update_yaxes(title=measure, rangemode="tozero", row=1, col=last)
+    return fig.update_layout(title=title, width=1040, height=430, margin={"t": 100}, legend={"orientation": "h", "y": -0.25, "x": 0.62})
+
+
+def coordinates(mesh: Mesh, right: float = 0.0) -> dict[str, object]:
+    """Of a mesh for plotly, moved to the right. One without faces is a point out of sight: plotly draws no empty one."""
+    vertices, faces = mesh
+    if not len(faces):
+        vertices, faces = torch.full((3, 3), torch.nan), torch.tensor([[0, 1, 2]])
+    (x, y, z), (i, j, k) = vertices.cpu().numpy().T, faces.cpu().numpy().astype("uint32").T
+    return {"x": x + right, "y": y, "z": z, "i": i, "j": j, "k": k}
