@@ -146,19 +146,22 @@ class Forms:
     def table(self, names: Sequence[str], orders: Sequence[str] | None = None, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
         """A row per method, order and seed; above them `TRAINING`, real objects that were learned from, and the held-out networks.
 
-        Columns: `n` networks; shares that are `empty`, `full` and `broken`, and then, of those that are none of these: `mmd`, `cov` and
+        Columns: `n` networks; `score`: mean fidelity to the nearest test object of those that have one; shares that are `empty`, `full` and `broken`, and then, of those that are none of these: `mmd`, `cov` and
         `one_nna` against the references (1-NNA of as many references; see `shapes`), `to_training`: median distance to the nearest
         training object, 1 = that of held-out networks, and `z_u`: the same distances against theirs (`novelty.data_copying`). NaN where
         fewer than two are left.
         """
         known = self.training[:len(self.references)]
         alone = shapes.nearest(self.distance(known, self.training).fill_diagonal_(torch.inf))[0]
-        rows = [{"method": TRAINING, "order": "", "seed": -1, "n": len(known), "empty": 0.0, "full": 0.0, "broken": 0.0,
+        real = float(self.task.of_objects(range(len(known))).mean())
+        rows = [{"method": TRAINING, "order": "", "seed": -1, "n": len(known), "score": real, "empty": 0.0, "full": 0.0, "broken": 0.0,
                  **self._against(known, alone)}]
         wanted = [(HELD_OUT, "", -1), *((m, order, seed) for order in orders or self.arena.orders[:1] for m in names for seed in seeds)]
         for method, order, seed in wanted:
             forms, became = self.forms(method, order or self.arena.orders[0], seed)
-            rows.append({"method": method, "order": order, "seed": seed, "n": len(forms),
+            e = self.arena.experiment
+            score = e.judged_of(self.arena.held if method == HELD_OUT else self.arena.entrants(order, seed).theta(method)).score
+            rows.append({"method": method, "order": order, "seed": seed, "n": len(forms), "score": float(score[torch.isfinite(score)].mean()),
                          **{name: float(which.double().mean()) for name, which in became._asdict().items()},
                          **self._against(forms[became.whole])})
         return pd.DataFrame(rows)

@@ -14,7 +14,9 @@ from torch import Tensor
 from pdiff_lib.drawing.palette import COLOURS
 
 GAP = 3  # cells between pictures
-Mesh = tuple[Float[Tensor, "V 3"], Int64[Tensor, "F 3"]]
+INK = ("#f1f1ee", "#111111")  # paper, and ink
+LEVELS = 250  # of brightness
+Mesh = tuple[Float[Tensor, "_ 3"], Int64[Tensor, "_ 3"]]
 BODY = {"lighting": {"ambient": 0.35, "diffuse": 0.85, "specular": 0.1, "roughness": 0.8}, "lightposition": {"x": -2000, "y": 3000, "z": 4000},
         "hoverinfo": "skip"}
 
@@ -34,8 +36,10 @@ def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, notes: Mapping
         row = torch.cat([row, row.new_full((longest - len(row), h, w), torch.nan)])
         strips.append(F.pad(torch.cat([*F.pad(row, (0, GAP), value=torch.nan)], dim=1), (0, 0, 0, GAP + 5 * bool(notes)), value=torch.nan))
     high = h + GAP + 5 * bool(notes)
-    fig = go.Figure(go.Heatmap(z=torch.cat(strips).cpu().numpy(), zmin=0, zmax=1, showscale=False, hoverinfo="skip",
-                               colorscale="gray" if lit else [[0, "#f1f1ee"], [1, "#111111"]]))
+    z, share = torch.cat(strips).clamp(0, 1) * LEVELS, LEVELS / 255  # bytes, which are a quarter of the size; above the levels: nothing
+    (dark, bright), nothing = ("#000000", "#ffffff") if lit else INK, [[share + 0.001, "white"], [1, "white"]]
+    fig = go.Figure(go.Heatmap(z=z.round().nan_to_num(255).byte().cpu().numpy(), zmin=0, zmax=255, showscale=False, hoverinfo="skip",
+                               colorscale=[[0, dark], [share, bright], *nothing]))
     for i, name in enumerate(rows):
         for j, note in enumerate(notes.get(name, ())):
             fig.add_annotation(x=j * (w + GAP) + w / 2 - 0.5, y=i * high + h + 2, text=note, showarrow=False, font={"size": 10})
@@ -46,7 +50,7 @@ def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, notes: Mapping
                              margin={"l": 200, "t": 70, "b": 15, "r": 15})
 
 
-def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | Mesh, t: Sequence[float], distance: Float[Tensor, "S"],
+def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | Mesh, t: Sequence[int | float], distance: Float[Tensor, "S"],
             title: str, *, usual: float, moment: int, axis: str, measure: str) -> go.Figure:
     """A form on its way from noise, the training object that it ends nearest to, and how far it is from it.
 
@@ -70,7 +74,7 @@ def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | M
                           zaxis={**hidden, "range": [-1.1, 1.1]}, camera={"up": {"x": 0, "y": 1, "z": 0}, "eye": {"x": 0.3, "y": 0.3, "z": 1.6}})
     else:
         fig = make_subplots(rows=1, cols=3, column_widths=[0.3, 0.3, 0.4], subplot_titles=["the field", "the training object it ends nearest to", panels[1]])
-        ink = {"zmin": 0, "zmax": 1, "showscale": False, "colorscale": [[0, "#f1f1ee"], [1, "#111111"]], "hoverinfo": "skip"}
+        ink = {"zmin": 0, "zmax": 1, "showscale": False, "colorscale": [[0, INK[0]], [1, INK[1]]], "hoverinfo": "skip"}
         fig.add_heatmap(z=form.cpu().numpy(), name="field", **ink, row=1, col=1)
         fig.add_heatmap(z=nearest.cpu().numpy(), name="nearest", **ink, row=1, col=2)
         for col in (1, 2):

@@ -131,6 +131,11 @@ class Fields(Task):
         """
         return self._fidelity(outputs, self.objects.test_values.T, items)
 
+    def of_objects(self, rows: Sequence[int]) -> Float64[Tensor, "n"]:
+        """The score that networks would have that are these objects exactly."""
+        values = self.objects.test_values[list(rows)].double()
+        return self._fidelity((values if self.kind == "grey" else 2 * values - 1)[..., None], self.y_test, None).amax(dim=1)
+
     def _fidelity(self, outputs: Float[Tensor, "M N 1"], wanted: Shaped[Tensor, "N O"], items: Int64[Tensor, "n"] | None) -> Float64[Tensor, "M O"]:
         items = slice(None) if items is None else items
         given, y = outputs[:, items, 0].double(), wanted[items].double()
