@@ -21,6 +21,7 @@ from pdiff_lib.tasks.objects import THRESHOLD
 CELLS = {2: 28, 3: 32}  # along an axis
 POINTS = 1024  # on a surface
 TRAINING = "training object"
+AT_ONCE = 2**14  # points that networks are asked for: bounds memory
 
 
 class Forms:
@@ -33,18 +34,21 @@ class Forms:
         arena: its task is `fields.Fields`.
         cells: of the grid and of pictures, along an axis; 0: `CELLS`.
         points: on each surface (HyperDiffusion: 2,048).
+        up: the axis of bodies that points up in pictures, 1 (y) or 2 (z).
         references: the first so many test objects are what generated forms are compared with; 0: as many as a method has samples.
 
     Raises:
-        ValueError: an arena of another task, or more references than test objects.
+        ValueError: an arena of another task, another axis, or more references than test objects.
     """
 
-    def __init__(self, arena: Arena, cells: int = 0, points: int = POINTS, references: int = 0):
+    def __init__(self, arena: Arena, cells: int = 0, points: int = POINTS, up: int = 1, references: int = 0):
         self.task: Fields = arena.experiment.task
         if not isinstance(self.task, Fields):
             raise ValueError(f"an arena with task {arena.recipe.data.task!r}: expected 'fields'")
         self.arena, self.objects, self.d = arena, self.task.objects, self.task.objects.d
-        self.cells, self.points = cells or CELLS[self.d], points
+        if up not in (1, 2):
+            raise ValueError(f"up is {up}: expected 1 (y) or 2 (z)")
+        self.cells, self.points, self.up = cells or CELLS[self.d], points, up
         there = len(self.objects) - self.objects.fitted
         if references > there:
             raise ValueError(f"references = {references}: expected at most the {there} test objects of {self.objects.name}")
@@ -57,7 +61,7 @@ class Forms:
     def at(self, theta: Float[Tensor, "M D"], points: Float[Tensor, "p d"]) -> Float[Tensor, "M p"]:
         """What networks give at any points: grey values, or probabilities of being inside."""
         e = self.arena.experiment
-        found = tasks.predict(e._initial, e.subset, theta, points, e.device)[..., 0]
+        found = torch.cat([tasks.predict(e._initial, e.subset, theta, part, e.device)[..., 0] for part in points.split(AT_ONCE)], dim=1)
         return found if self.task.kind == "grey" else found.sigmoid()
 
     def values(self, theta: Float[Tensor, "M D"], cells: int = 0) -> Float[Tensor, "M ..."]:
@@ -70,9 +74,9 @@ class Forms:
         cells = cells or self.cells
         return self.objects.look([int(i) for i in rows], implicit.raster(cells, self.d)).unflatten(1, [cells] * self.d)
 
-    def pictures(self, values: Float[Tensor, "M ..."], up: int = 1) -> Float[Tensor, "M h w"]:
+    def pictures(self, values: Float[Tensor, "M ..."]) -> Float[Tensor, "M h w"]:
         """Brightness from 0 to 1 of what `values` or `real` gave: as they are, or bodies lit (`surfaces.seen`; NaN beside them)."""
-        return values.clamp(0, 1) if self.d == 2 else surfaces.seen(values, THRESHOLD, up)
+        return values.clamp(0, 1) if self.d == 2 else surfaces.seen(values, THRESHOLD, self.up)
 
     # ---------------------------------------------------------------- to measure
 

@@ -140,6 +140,8 @@ def test_bodies_are_on_the_surface_of_what_they_are_fitted_to(bodies):
 def test_what_forms_do_not_take(store, glyphs):
     with pytest.raises(ValueError, match="references = 16: expected at most the 15 test objects"):
         Forms(glyphs.arena, references=16)
+    with pytest.raises(ValueError, match="up is 0: expected 1"):
+        Forms(glyphs.arena, up=0)
     other = Arena(Recipe.of(dataset="digits", image_size=8, network="mlp-4", pretrained=False, subset="all", k_checkpoints=3), 2, store=store,
                   device=DEVICE, progress=False)
     with pytest.raises(ValueError, match="task 'classification': expected 'fields'"):

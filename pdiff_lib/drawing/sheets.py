@@ -17,8 +17,7 @@ GAP = 3  # cells between pictures
 INK = ("#f1f1ee", "#111111")  # paper, and ink
 LEVELS = 250  # of brightness
 Mesh = tuple[Float[Tensor, "_ 3"], Int64[Tensor, "_ 3"]]
-BODY = {"lighting": {"ambient": 0.35, "diffuse": 0.85, "specular": 0.1, "roughness": 0.8}, "lightposition": {"x": -2000, "y": 3000, "z": 4000},
-        "hoverinfo": "skip"}
+LIGHTING = {"ambient": 0.35, "diffuse": 0.85, "specular": 0.1, "roughness": 0.8}
 
 
 def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, notes: Mapping[str, Sequence[str]] | None = None, lit: bool = False) -> go.Figure:
@@ -51,7 +50,7 @@ def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, notes: Mapping
 
 
 def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | Mesh, t: Sequence[int | float], distance: Float[Tensor, "S"],
-            title: str, *, usual: float, moment: int, axis: str, measure: str) -> go.Figure:
+            title: str, *, usual: float, moment: int, axis: str, measure: str, up: int = 1) -> go.Figure:
     """A form on its way from noise, the training object that it ends nearest to, and how far it is from it.
 
     Args:
@@ -62,16 +61,18 @@ def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | M
         usual: the distance of held-out networks, a line.
         moment: which of them is shown.
         axis, measure: what t and distance are.
+        up: the axis of bodies that points up, 1 (y) or 2 (z).
     """
     bodies = isinstance(form, tuple)
     panels = ["the field, and the training object it ends nearest to", "distance to the nearest training object"]
     if bodies:
         fig = make_subplots(rows=1, cols=2, column_widths=[0.62, 0.38], specs=[[{"type": "scene"}, {"type": "xy"}]], subplot_titles=panels)
-        fig.add_mesh3d(**coordinates(form, -1.1), color=COLOURS[0], name="field", **BODY, row=1, col=1)
-        fig.add_mesh3d(**coordinates(nearest, 1.1), color="#999999", name="nearest", **BODY, row=1, col=1)
+        light = {"x": -2000, "y": 3000 if up == 1 else -4000, "z": 4000 if up == 1 else 3000}
+        for mesh, right, colour, name in ((form, -1.1, COLOURS[0], "field"), (nearest, 1.1, "#999999", "nearest")):
+            fig.add_mesh3d(**coordinates(mesh, right), color=colour, name=name, lighting=LIGHTING, lightposition=light, hoverinfo="skip", row=1, col=1)
         hidden = {"visible": False}
         fig.update_scenes(aspectmode="data", xaxis={**hidden, "range": [-2.2, 2.2]}, yaxis={**hidden, "range": [-1.1, 1.1]},
-                          zaxis={**hidden, "range": [-1.1, 1.1]}, camera={"up": {"x": 0, "y": 1, "z": 0}, "eye": {"x": 0.3, "y": 0.3, "z": 1.6}})
+                          zaxis={**hidden, "range": [-1.1, 1.1]}, camera={"up": {"x": 0, "y": 2 - up, "z": up - 1}, "eye": {"x": 0.3, "y": 0.3 if up == 1 else -1.6, "z": 1.6 if up == 1 else 0.3}})
     else:
         fig = make_subplots(rows=1, cols=3, column_widths=[0.3, 0.3, 0.4], subplot_titles=["the field", "the training object it ends nearest to", panels[1]])
         ink = {"zmin": 0, "zmax": 1, "showscale": False, "colorscale": [[0, INK[0]], [1, INK[1]]], "hoverinfo": "skip"}

@@ -166,7 +166,7 @@ class Fields(Work):
         drawn = plots.forming(
             chain.forms[last], chain.beside, chain.t, chain.distance, f"{chain.method}, {self.order.value} order, seed {chain.seed}, "
             f"{self.sampler.value} with {self.steps.value} steps<br><sup>{self.forms.arena.title}</sup>", usual=self.forms.usual, moment=last,
-            axis="time (1: the end)" if chain.t[-1] else "diffusion steps that remain", measure=self.forms.measure)
+            axis="time (1: the end)" if chain.t[-1] else "diffusion steps that remain", measure=self.forms.measure, up=self.forms.up)
         if hasattr(self, "figure"):
             show(self.figure, drawn.update_layout(uirevision="turned"))
         else:
