@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from device import DEVICE
@@ -121,6 +123,16 @@ def test_pictures_are_of_what_fields_and_objects_are_there(glyphs):
     fig = plots.sheet({"real": glyphs.pictures(real), "one": glyphs.pictures(values[:1])}, "t", {"real": ["a", "b", "c"]})
     z = fig.data[0].z
     assert (z[:12, :12] == (250 * real[0]).round().numpy()).all() and (z[:12, 12:15] == 255).all() and [a.text for a in fig.layout.annotations] == ["a", "b", "c"]
+
+
+def test_a_moving_picture_has_all_moments(tmp_path):
+    pictures = torch.rand(5, 2, 8, 8)
+    pictures[0, 1] = torch.nan
+    with Image.open(plots.moving(pictures, tmp_path / "x.webp", side=32)) as image:
+        assert image.n_frames == 5 and image.size == (64, 32)
+        assert np.asarray(image.convert("L"))[:, 36:60].min() > 240, "nothing is white"
+    with pytest.raises(ValueError, match="x.gif: expected a name that ends in .webp"):
+        plots.moving(pictures, tmp_path / "x.gif")
 
 
 def test_bodies_are_on_the_surface_of_what_they_are_fitted_to(bodies):

@@ -135,7 +135,7 @@ def data():
 def publish(folder: Annotated[Path, typer.Argument(help="runs/NOTEBOOK/<digest>")],
             name: Annotated[str, typer.Argument(help="id of the experiment, such as cifar10-resnet18")],
             to: Annotated[Path, typer.Option(help="where figures are kept")] = jobs.NOTEBOOKS.parent / "figures"):
-    """Copy a run's figures, numbers and record to figures/<id>-*.{svg,html,csv,json}, if a commit holds the code of it."""
+    """Copy a run's figures, numbers and record to figures/<id>-*.{svg,html,csv,json,webp}, if a commit holds the code of it."""
     if not (folder / "record.json").is_file():
         raise ValueError(f"{folder} holds no record.json: expected the folder of a complete run")
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -143,7 +143,7 @@ def publish(folder: Annotated[Path, typer.Argument(help="runs/NOTEBOOK/<digest>"
     records.check_commit(str(records.loads((folder / "record.json").read_text()).get("commit", "unknown")))
     to.mkdir(exist_ok=True)
     for source in sorted(folder.iterdir()):
-        if source.suffix in (".svg", ".html", ".csv", ".json"):
+        if source.suffix in (".svg", ".html", ".csv", ".json", ".webp"):
             print(shutil.copy(source, to / f"{name}-{source.name}"))
 
 

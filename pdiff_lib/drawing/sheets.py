@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from PIL import Image
 from plotly.subplots import make_subplots
 from torch import Tensor
 
@@ -47,6 +49,27 @@ def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, notes: Mapping
                                                  tickvals=[i * high + h / 2 for i in range(len(rows))], ticktext=list(rows))
     return fig.update_layout(title=title, width=round(scale * longest * (w + GAP)) + 230, height=round(scale * len(rows) * high) + 100,
                              margin={"l": 200, "t": 70, "b": 15, "r": 15})
+
+
+def moving(pictures: Float[Tensor, "S n h w"], path: Path, milliseconds: int = 100, side: int = 240) -> Path:
+    """A moving picture: n pictures side by side at S moments, there and, after a while, from the beginning. WebP, some 100 KB.
+
+    Args:
+        pictures: brightness from 0 to 1, NaN for nothing.
+        path: where to.
+        milliseconds: of each moment; the last stays for two seconds.
+        side: pixels of each picture.
+
+    Raises:
+        ValueError: a path that does not end in .webp.
+    """
+    if path.suffix != ".webp":
+        raise ValueError(f"{path.name}: expected a name that ends in .webp")
+    large = F.interpolate(pictures.nan_to_num(1.0).clamp(0, 1).cpu(), (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    frames = [Image.fromarray((255 * torch.cat([*moment], dim=1)).round().byte().numpy()) for moment in large]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[*[milliseconds] * (len(frames) - 1), 2000], loop=0, quality=70)
+    return path
 
 
 def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | Mesh, t: Sequence[int | float], distance: Float[Tensor, "S"],
