@@ -157,6 +157,36 @@ def test_explorers_of_other_notebooks(desk, monkeypatch, stages, name, explorers
         move_through_the_chain(page)
 
 
+def test_a_body_forms_without_a_network(desk, pictures, monkeypatch, stages):
+    folder, address = desk
+    monkeypatch.setenv("PDIFF_RUNS", stages["PDIFF_RUNS"])
+    path = jobs.find("63_shapes")
+    few = {"train_images": 16, "test_images": 8, "field_points": 400, "field_test_points": 200, "network": "field-12-12", "k_checkpoints": 10, "held_out": 4,
+           "base_epochs": 40, "base_batch": 100, "methods": ["copy", "flow"], "generators": {"flow": {"steps": 20, "width": 16, "solver_steps": 10}},
+           "cells": 14, "points": 16, "latent_dim": 4, "diffusion_steps": 3, "sampling_steps": 5, "samples": 4}
+    shutil.copy(app.page(path, jobs.check(path, few)), folder / "63_shapes.ipynb")
+    with chromium() as page:
+        asked = cut(page, address("63_shapes.ipynb"))
+        page.goto(address("63_shapes.ipynb"))
+        run_all(page)
+        explorer = page.locator(".pdiff-fields")
+        figure, slider = explorer.locator(".js-plotly-plot").first, labelled(explorer, "moment", ".noUi-handle")
+        body = "e => (e._fullData ?? []).length < 5 ? '' : Array.from(e._fullData.find(t => t.name == 'field').x).join()"
+        wait_for(page, lambda: figure.evaluate(body) != "")
+        last = figure.evaluate(body)
+        slider.focus()
+        page.keyboard.press("Home")
+        wait_for(page, lambda: explorer.locator("text=moment 0 of").count() == 1)
+        wait_for(page, lambda: figure.evaluate(body) != last)
+        page.keyboard.press("End")
+        wait_for(page, lambda: figure.evaluate(body) == last)
+        explorer.screenshot(path=f"{pictures}/lab-fields.png")
+        explorer.get_by_role("button", name="Generate").click()
+        wait_for(page, lambda: explorer.locator("b", has_text=", seed 1").count() == 1)
+        wait_for(page, lambda: figure.evaluate(body) != last)
+        assert asked == [] and page.locator("text=Traceback").count() == 0
+
+
 def labelled(explorer, label: str, kind: str):
     """The control of a widget with this description."""
     return explorer.locator(".widget-inline-hbox", has=explorer.page.locator(f'.widget-label >> text="{label}"')).locator(kind).first
