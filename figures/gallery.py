@@ -190,6 +190,18 @@ def how_many() -> str:
     return rows(["order, method", *(f"K = {k:,}" for k in ks), *(f"{what} at {ks[-1]:,}" for what in ("N&P", "Z_U", "spread"))], body)
 
 
+def fields(name: str) -> str:
+    """A record of 60_neural_fields or 63_shapes: what each method's fields are, against real objects."""
+    numbers = records()[name]["numbers"]
+    body = []
+    for method, form in numbers["forms"].items():
+        of = numbers["methods"].get(method, {})
+        shown = [(of.get("score"), 1, 3), (of.get("distance"), 1, 2), (form["empty"], 100, 1), (form["mmd"], 1, 4), (form["cov"], 100, 0),
+                 (form["one_nna"], 1, 2), (form["to_training"], 1, 2), (form["z_u"], 1, 1)]
+        body.append([method, *("" if value is None else number(scale * value, digits) for value, scale, digits in shown)])
+    return rows(["method", "score", "distance of parameters", "empty (%)", "MMD", "COV (%)", "1-NNA", "to the nearest training object", "Z_U"], body)
+
+
 def front() -> str:
     """The root README's table: mean accuracies of the main runs."""
     def line(name: str, what: str, seeds: int, methods: dict[str, dict[str, float]]) -> list[Any]:
@@ -211,7 +223,7 @@ def front() -> str:
 def index() -> str:
     """Every recorded run, with when and from what it was made, and all of its figures."""
     of: dict[str, dict[str, list[str]]] = {name: {} for name in records()}
-    for file in (f for kind in ("svg", "html", "csv") for f in sorted(HERE.glob(f"*.{kind}"))):
+    for file in (f for kind in ("svg", "html", "csv", "webp") for f in sorted(HERE.glob(f"*.{kind}"))):
         owner = max((n for n in of if file.stem.startswith(f"{n}-")), key=len, default="")
         if not owner:
             raise ValueError(f"{file.name} is of no recorded run: expected one of {list(of)} at its beginning")
@@ -228,7 +240,7 @@ def index() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in CELLS}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
-    "beside": beside, "how-many": how_many, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
+    "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "bodies-63")}, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
 
 

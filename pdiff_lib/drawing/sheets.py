@@ -113,7 +113,7 @@ def forming(form: Float[Tensor, "h w"] | Mesh, nearest: Float[Tensor, "h w"] | M
     shown = sorted({round(i * (len(t) - 1) / 4) for i in range(5)})
     fig.update_xaxes(title=axis, tickvals=shown, ticktext=[f"{t[i]:.3g}" for i in shown], row=1, col=last)
     fig.update_yaxes(title=measure, rangemode="tozero", row=1, col=last)
-    return fig.update_layout(title=title, width=1040, height=430, margin={"t": 100}, legend={"orientation": "h", "y": -0.25, "x": 0.62})
+    return fig.update_layout(title=title, width=960, height=430, margin={"t": 100}, legend={"orientation": "h", "y": -0.25, "x": 0.62})
 
 
 def coordinates(mesh: Mesh, right: float = 0.0) -> dict[str, object]:
