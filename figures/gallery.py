@@ -177,8 +177,10 @@ def beside() -> str:
 
 def how_many() -> str:
     """The records of 71_how_many: each method's accuracy, and at which distance, against K."""
-    found = {name: records()[name]["numbers"] for name in ("digits-71-canonical", "digits-71-8192", "digits-71")}
+    found = {name: records()[name]["numbers"] for name in ("digits-71-canonical", "digits-71-8192", "digits-71-ablations", "digits-71")}
     numbers = {**found["digits-71-canonical"], "canonical unit flow, 10,000 steps": found["digits-71-8192"]["canonical unit flow"],
+               "canonical unit flow, units with places": found["digits-71-ablations"]["canonical unit flow"],
+               "canonical flow, 10,000 steps": found["digits-71-ablations"]["canonical flow"],
                **{name: of for name, of in found["digits-71"].items() if name.startswith("raw ")}}
     ks = sorted({int(k) for of in numbers.values() for k in of})
     body = []
