@@ -147,13 +147,19 @@ class Forms:
         """Distance to the nearest training object, and which."""
         return shapes.nearest(self.distance(forms, self.training))
 
+    def beside(self, theta: Float[Tensor, "M D"], cells: int = 0) -> Float[Tensor, "M h w"]:
+        """Pictures of the training object that each network is nearest to; NaN beside a network that has no form."""
+        forms, became = self.form_of(theta)
+        shown = self.pictures(self.real(self.nearest(forms)[1].clamp(max=len(self.training) - 1), cells))
+        return shown.where(became.whole[:, None, None], torch.nan)
+
     def table(self, names: Sequence[str], orders: Sequence[str] | None = None, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
         """A row per method, order and seed; above them `TRAINING`, real objects that were learned from, and the held-out networks.
 
-        Columns: `n` networks; `score`: mean fidelity to the nearest test object of those that have one; shares that are `empty`, `full` and `broken`, and then, of those that are none of these: `mmd`, `cov` and
-        `one_nna` against the references (1-NNA of as many references; see `shapes`), `to_training`: median distance to the nearest
-        training object, 1 = that of held-out networks, and `z_u`: the same distances against theirs (`novelty.data_copying`). NaN where
-        fewer than two are left.
+        Columns: `n` networks; `score`: mean fidelity to the nearest test object of those that have one; shares that are `empty`, `full`
+        and `broken`, and then, of those that are none of these: `mmd`, `cov` and `one_nna` against the references (1-NNA of as many
+        references; see `shapes`), `to_training`: median distance to the nearest training object, 1 = that of held-out networks, and
+        `z_u`: the same distances against theirs (`novelty.data_copying`). NaN where fewer than two are left.
         """
         known = self.training[:len(self.references)]
         alone = shapes.nearest(self.distance(known, self.training).fill_diagonal_(torch.inf))[0]

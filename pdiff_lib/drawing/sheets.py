@@ -22,28 +22,23 @@ Mesh = tuple[Float[Tensor, "_ 3"], Int64[Tensor, "_ 3"]]
 LIGHTING = {"ambient": 0.35, "diffuse": 0.85, "specular": 0.1, "roughness": 0.8}
 
 
-def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, notes: Mapping[str, Sequence[str]] | None = None, lit: bool = False) -> go.Figure:
+def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, lit: bool = False) -> go.Figure:
     """Pictures in rows.
 
     Args:
         rows: by what stands before each row; brightness from 0 to 1, NaN for nothing. Rows may differ in length.
         title: what, on what, at which scale.
-        notes: what stands under each picture of a row, by the row's name.
         lit: pictures of bodies, as a camera sees them; else ink on paper.
     """
-    (h, w), notes, longest = next(iter(rows.values())).shape[1:], notes or {}, max(len(r) for r in rows.values())
-    strips = []
+    (h, w), longest = next(iter(rows.values())).shape[1:], max(len(r) for r in rows.values())
+    high, strips = h + GAP, []
     for row in rows.values():
         row = torch.cat([row, row.new_full((longest - len(row), h, w), torch.nan)])
-        strips.append(F.pad(torch.cat([*F.pad(row, (0, GAP), value=torch.nan)], dim=1), (0, 0, 0, GAP + 5 * bool(notes)), value=torch.nan))
-    high = h + GAP + 5 * bool(notes)
+        strips.append(torch.cat([*F.pad(row, (0, GAP, 0, GAP), value=torch.nan)], dim=1))
     z, share = torch.cat(strips).clamp(0, 1) * LEVELS, LEVELS / 255  # bytes, which are a quarter of the size; above the levels: nothing
     (dark, bright), nothing = ("#000000", "#ffffff") if lit else INK, [[share + 0.001, "white"], [1, "white"]]
     fig = go.Figure(go.Heatmap(z=z.round().nan_to_num(255).byte().cpu().numpy(), zmin=0, zmax=255, showscale=False, hoverinfo="skip",
                                colorscale=[[0, dark], [share, bright], *nothing]))
-    for i, name in enumerate(rows):
-        for j, note in enumerate(notes.get(name, ())):
-            fig.add_annotation(x=j * (w + GAP) + w / 2 - 0.5, y=i * high + h + 2, text=note, showarrow=False, font={"size": 10})
     scale = min(960 / (longest * (w + GAP)), 110 / h)
     fig.update_xaxes(visible=False).update_yaxes(autorange="reversed", scaleanchor="x", showgrid=False, ticks="", linecolor="white",
                                                  tickvals=[i * high + h / 2 for i in range(len(rows))], ticktext=list(rows))

@@ -37,8 +37,8 @@ class Chain(NamedTuple):
     theta: Float[Tensor, "S D"]
     forms: list[Any]  # pictures or meshes
     distance: Float[Tensor, "S"]
-    nearest: int
-    beside: Any  # that object's picture or mesh
+    nearest: int  # -1: the end has no form
+    beside: Any  # that object's picture or mesh, or nothing
     facts: str
 
 
@@ -62,7 +62,7 @@ class Fields(Work):
     """
 
     def __init__(self, forms: Forms, generators: list[str] | None = None):
-        self.forms, self._quiet = forms, False
+        self.forms = forms
         entrants = forms.arena.entrants(forms.arena.orders[0], 0)
         able = [name for name, method in entrants.methods.items() if hasattr(method, "trajectory")]
         if bad := [name for name in generators or able if name not in able] or ([] if able else ["none"]):
@@ -145,7 +145,7 @@ class Fields(Work):
         values = forms.values(theta)
         found, became = forms.form_of(theta)
         distance = torch.full((len(theta),), torch.nan)
-        near = torch.zeros(len(theta), dtype=torch.int64)
+        near = torch.full((len(theta),), -1)
         if became.whole.any():
             distance[became.whole], near[became.whole] = (part.cpu() for part in forms.nearest(found[became.whole]))
         nearest, score = int(near[-1]), forms.task.score
@@ -153,12 +153,14 @@ class Fields(Work):
             f"{score.name} with the nearest test object {score.shown(float(forms.arena.experiment.judged_of(theta[-1:]).score))}; nearest training "
             f"object: {forms.objects.names[nearest]}, at {float(distance[-1]) / forms.usual:.2f} of what held-out networks are from theirs")
         return Chain(self.generator.value, seed, list(way.t), theta, [self._shown(v) for v in values], distance, nearest,
-                     self._shown(forms.real([nearest])[0]), last)
+                     self._shown(forms.real([nearest])[0] if nearest >= 0 else torch.full_like(values[0], torch.nan)), last)
 
     def _shown(self, values: Tensor) -> Any:
+        """A picture or a mesh; nothing where a number is not finite."""
+        values = values.cpu() if torch.isfinite(values).all() else torch.full_like(values, torch.nan, device="cpu")
         if self.forms.d == 2:
-            return values.nan_to_num(0.0).clamp(0, 1).cpu()
-        return surfaces.marching_cubes(values.nan_to_num(0.0).cpu(), THRESHOLD)
+            return values.clamp(0, 1)
+        return surfaces.marching_cubes(values.nan_to_num(0.0), THRESHOLD)
 
     def _take(self, chain: Chain) -> None:
         """Show another chain, at its end."""
@@ -181,7 +183,7 @@ class Fields(Work):
         field, now = self.figure.data[0], self.figure.data[-1]
         with self.figure.batch_update():
             if self.forms.d == 2:
-                field.z = chain.forms[i].numpy()
+                field.z = [[None if v != v else v for v in row] for row in chain.forms[i].tolist()]  # NaN is no JSON
             else:
                 field.update(sheets.coordinates(chain.forms[i], -1.1))
             now.x, now.y = [i], [float(chain.distance[i])]

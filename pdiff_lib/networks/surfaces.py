@@ -70,7 +70,8 @@ def points_on(vertices: Float[Tensor, "V 3"], faces: Int64[Tensor, "F 3"], n: in
 
 
 def seen(values: Float[Tensor, "M s s s"], level: float, up: int = 2) -> Float[Tensor, "M s s"]:
-    """Bodies as a camera far away sees them, lit from the upper left: brightness from 0 to 1, NaN beside the body.
+    """Bodies as a camera far away sees them, lit from the upper left: brightness from 0 to 1, NaN beside the body, and
+    all over for values that are not all finite.
 
     Args:
         values: of fields at the centres of cells; the axes are (x, y, z).
@@ -87,13 +88,13 @@ def seen(values: Float[Tensor, "M s s s"], level: float, up: int = 2) -> Float[T
         raise ValueError(f"up is {up}: expected 1 or 2")
     # [M, up, right, depth], the first slice of depth being the nearest one
     v = values.permute(0, 3, 1, 2) if up == 2 else values.permute(0, 2, 1, 3).flip(3)
-    v = v.float().nan_to_num(nan=float("-inf"))
-    inside = v > level
+    v = v.float()
+    inside = (v > level) & torch.isfinite(values).flatten(1).all(dim=1)[:, None, None, None]
     side = v.shape[-1]
     first = inside.int().argmax(dim=3)
     here = v.gather(3, first.unsqueeze(3))[..., 0]
     before = v.gather(3, (first - 1).clamp(min=0).unsqueeze(3))[..., 0]
-    part = ((level - before) / (here - before).clamp(min=1e-6)).clamp(0, 1).where((first > 0) & torch.isfinite(before), 1.0)
+    part = ((level - before) / (here - before).clamp(min=1e-6)).clamp(0, 1).where(first > 0, 1.0)
     depth = first - 1 + part  # where the level is crossed, in cells
     shown = inside.any(dim=3)
     smooth = depth.where(shown, torch.nan)
