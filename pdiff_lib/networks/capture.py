@@ -26,6 +26,7 @@ aten = torch.ops.aten
 # Seconds of one CPU core, measured (tests/benchmarks/README.md). Only their ratios matter, which other machines share.
 OPERATION, ELEMENT, FLOP = 20e-6, 1.4e-9, 1 / 80e9  # per operation and batch; per number written and per FLOP, for each image
 CAPTURE = 5e-3  # per operation of the network
+MANY = 1_000_000  # numbers of a vector: to copy them into channels-last weights costs more than to call the network with them
 
 
 class Split(NamedTuple):
@@ -85,10 +86,12 @@ def split(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
 
 def whole(net: nn.Module) -> Split:
     """The plain way: nothing is frozen, and `net` itself takes the numbers of its chosen parameters. Faster than
-    `torch.func.functional_call`, and each weight keeps its layout."""
+    `torch.func.functional_call`, and each weight keeps its layout; but for many numbers, whose copying costs more than that."""
     own = tensors_of(net)
 
     def rest(params: dict[str, Tensor], boundary: tuple[Tensor, ...]) -> Tensor:
+        if sum(value.numel() for value in params.values()) > MANY:
+            return torch.func.functional_call(net, params, boundary)
         for name, value in params.items():
             own[name].copy_(value)
         return net(*boundary)

@@ -92,7 +92,6 @@ class Evaluator:
             self.kept[start] = boundary
         return boundary
 
-    @torch.no_grad()
     def predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
         """The class that each parameter vector gives to each image, on the CPU; the first of equal scores. `NO_CLASS` where the
         scores are not all finite, with a warning that counts them.
@@ -104,7 +103,11 @@ class Evaluator:
         Raises:
             ValueError: vectors of another length, or with NaN or infinity.
         """
-        theta = as_vectors(theta, self.sub.numel, device=self.device).to(next(self.net.parameters()).dtype)
+        return self._of(as_vectors(theta, self.sub.numel))
+
+    @torch.no_grad()
+    def _of(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
+        theta = theta.to(self.device, next(self.net.parameters()).dtype)
         self.spared += len(theta) - (self.kept.limit == 0)  # and but one in each call where nothing is kept
         with training.precision(self.device):
             while True:
@@ -150,8 +153,7 @@ class Evaluator:
         part = self.part or whole(self.net)
         chunks = theta.split(self.vectors_at_once if part.captured else 1)
         predictions = torch.empty(len(theta), len(self.x), dtype=torch.int64)
-        for start in tqdm(range(0, len(self.x), self.batch), desc="evaluating", unit="batch", leave=False,
-                          disable=not self.progress):
+        for start in tqdm(range(0, len(self.x), self.batch), desc="evaluating", unit="batch", leave=False, disable=not self.progress):
             boundary, n = self._boundary(start, part), min(self.batch, len(self.x) - start)
             rows = [_classes(_scores(part, self.sub, chunk, boundary)) for chunk in chunks]
             predictions[:, start:start + n] = torch.cat(rows)[:, :n].cpu()
@@ -186,12 +188,11 @@ def _ready(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Tensor, 
         scores = few.scores(net, sub, theta.to(weight.dtype), x, how.get("prepare"))
         return lambda: no_class_warned(_classes(scores)), scores.shape[-1]
     evaluator = Evaluator(net, sub, x, **{"keep": 0, **how})
-    return lambda: evaluator.predict(theta), evaluator.classes
+    return lambda: evaluator._of(theta), evaluator.classes
 
 
-def wrong(
-    net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"], y: Integer[Tensor, "N"], **how
-) -> Bool[Tensor, "M N"]:
+def wrong(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[Tensor, "N C H W"],
+          y: Integer[Tensor, "N"], **how) -> Bool[Tensor, "M N"]:
     """Which images each parameter vector gets wrong: what accuracy and similarity are computed from.
 
     Args:

@@ -17,7 +17,7 @@ from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.subset import Subset
 
 VECTORS, IMAGES = 2, 256  # at most so many of either: no capture spares more than it costs
-SMALL, PASSES = 1_000_000, 128  # or a network of fewer numbers, and at most so many forward passes of an image
+SMALL, PASSES = 1_000_000, 1024  # or a network of fewer numbers, and at most so many forward passes of an image
 TINY = 2**15  # numbers in a network that does not fill a core
 
 

@@ -23,7 +23,7 @@ CASES = [  # network, what is generated of it, pixels, images
     ("mobilenetv3_small_050", "last_norms:2", 224, 16), ("mobilenetv3_small_050", "last_norms:2", 64, 256),
     ("vit_tiny_patch16_224", "last_norms:2", 224, 8), ("resnet18", "last_norms:2", 64, 64), ("resnet18", "all", 32, 64),
     ("convnet-mini", "last_norms:2", 64, 16), ("convnet-mini", "last_norms:2", 64, 256), ("vit-mini", "all", 64, 128)]
-PLAIN, REPEATS = 4, 3
+PLAIN, REPEATS, LONG_ENOUGH = 4, 3, 0.5
 
 
 def plain(net, sub, theta, x):
@@ -55,9 +55,9 @@ def main(wanted):
             centre, run = sub.flatten(net), min(vectors, PLAIN)
             theta = centre + 0.05 * torch.randn(vectors, sub.numel, generator=generator)
             captures.clear()
-            repeats = REPEATS if vectors <= 8 else 1
+            once = seconds(lambda: plain(net, sub, theta[:run], x))[0]  # a warm-up, and how many repeats there is time for
             both = [(seconds(lambda: plain(net, sub, theta[:run], x)), seconds(lambda: evaluate.predict(net, sub, theta, x)))
-                    for _ in range(repeats + 1)][1:]  # the first is a warm-up
+                    for _ in range(1 + max(REPEATS if vectors <= 8 else 1, int(LONG_ENOUGH / once)))][1:]
             theirs, ours = (min(t for t, _ in side) for side in zip(*both))
             theirs *= vectors / run
             agree = (both[0][0][1] == both[0][1][1][:run]).float().mean()
