@@ -26,5 +26,5 @@ gallery: .venv/installed  ## tables of the READMEs, from what figures/ holds
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,cluster,shapes]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,cluster,shapes,vision]'
 	touch $@

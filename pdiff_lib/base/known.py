@@ -47,7 +47,9 @@ def catalogue(root: str | Path | None = None) -> list[dict]:
     """What `data.load` knows by name: rows of name, classes, source, image_size, present (bool) and where (path, or "")."""
     root = root_of(root)
     rows = [dict(name="digits", classes=10, source="scikit-learn", image_size="8x8", present=True,
-                 where="scikit-learn")]
+                 where="scikit-learn"),
+            dict(name="scenes", classes=10, source="digits on scikit-learn's photographs; scenes:OBJECTS@PHOTOGRAPHS of others",
+                 image_size="any", present=True, where="made here")]
     for name, known in KNOWN.items():
         stored = all((root / f"{name}-{part}.parquet").exists() for part in ("train", "test"))
         where = f"{root / name}-*.parquet" if stored else str(root / known.marker)

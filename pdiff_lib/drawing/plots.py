@@ -18,6 +18,7 @@ from pdiff_lib.base import score as scores
 from pdiff_lib.drawing.palette import COLOURS, DIVERGING, LABELS, SEQUENTIAL, look
 from pdiff_lib.drawing.pictures import confusion, denoising, grid, heatmaps, pairs, trajectory  # noqa: F401
 from pdiff_lib.drawing.renderer import draw
+from pdiff_lib.drawing.seen import detections, masks  # noqa: F401
 from pdiff_lib.drawing.sheets import forming, moving, sheet  # noqa: F401
 from pdiff_lib.drawing.standings import field, standings  # noqa: F401
 

@@ -99,6 +99,27 @@ def whole(net: nn.Module) -> Split:
     return Split(lambda x: (x,), rest, captured=False)
 
 
+def split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
+    """`split`; of a network that cannot be captured, `whole`, with a warning that says why."""
+    try:
+        return split(net, names, example)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # torch.export has no common base for what it cannot capture
+        warn_whole(net, error)
+        return whole(net)
+
+
+def warn_whole(net: nn.Module, error: Exception) -> None:
+    """Say that a network is not captured, and why."""
+    warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({reason(error)})")
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, on one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class Count(TorchDispatchMode):
     """What a capture of a network would cost, and what it would spare: an estimate, from what the network does to one image.
 

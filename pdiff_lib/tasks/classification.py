@@ -65,6 +65,8 @@ class Classification(Task):
         if isinstance(source, recipe.Data):
             source = data.load(source.dataset, size=source.image_size, channels=source.image_channels or None,
                                train_images=source.train_images, test_images=source.test_images, seed=source.data_seed)
+        if not isinstance(source, data.Images):
+            raise ValueError(f"dataset {source.name!r} has several objects in an image: expected task 'detection' or 'segmentation'")
         self.images, self.name = source, recipe.short(source.name)
         self.x_train, self.y_train, self.x_test, self.y_test = source.x_train, source.y_train, source.x_test, source.y_test
         self.shape = source.channels, source.size, source.size

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from pdiff_lib.base.known import catalogue as catalogue
-from pdiff_lib.tasks import sources
+from pdiff_lib.tasks import scenes, sources
 from pdiff_lib.tasks.order import epoch_order as epoch_order  # part of the module's face
 
 
@@ -236,7 +236,7 @@ def _random_crop(x: Float[Tensor, "n C h w"], size: int, drawn: Float[Tensor, "5
 
 
 def load(name: str, size: int | None = None, channels: int | None = None, train_images: int = 0, test_images: int = 0,
-         seed: int = 0, root: str | Path | None = None, download: bool = True) -> Images:
+         seed: int = 0, root: str | Path | None = None, download: bool = True) -> Images | scenes.Scenes:
     """Load a data set; of a subset, only its own images are decoded.
 
     Args:
@@ -245,7 +245,7 @@ def load(name: str, size: int | None = None, channels: int | None = None, train_
             folders (`files.folder`: without hidden and system folders and files, and nothing outside of it is read).
             What an image file means is the same everywhere (`decode.decode`): the first frame, upright as its EXIF says,
             without transparency, 16 bits as value / 257; floats and more than 89,478,485 pixels are refused. Labels
-            are 0, 1, 2, ... without a gap, unless the source names its classes.
+            are 0, 1, 2, ... without a gap, unless the source names its classes. "scenes", or "scenes:OBJECTS@PHOTOGRAPHS": `scenes.load`.
         size: side in pixels of the network inputs; None: the stored one. Images that differ in size, or are not
             square, are resized and cropped to it on loading: then it must be given.
         channels: 1 (luminance) or 3 (grey repeated); None: the stored ones.
@@ -262,6 +262,8 @@ def load(name: str, size: int | None = None, channels: int | None = None, train_
     if min(train_images, test_images) < 0 or channels not in (None, 1, 3) or (size is not None and size < 1):
         raise ValueError(f"train_images = {train_images}, test_images = {test_images}, channels = {channels}, size = "
                          f"{size}: expected numbers of images from 0, channels 1, 3 or None, a size from 1 or None")
+    if scenes.is_made(name):
+        return scenes.load(name, size or 64, train_images, test_images, seed, root, download)
     source, splits, own = sources.find(name, size, sources.root_of(root), download)
     classes = sources.classes_of(name, *splits)
     rows = [sources.subset_of(name, part, split.labels, n, seed)

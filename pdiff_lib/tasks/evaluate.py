@@ -21,7 +21,7 @@ from pdiff_lib import networks
 from pdiff_lib.base import training
 from pdiff_lib.base.kept import Kept, drop
 from pdiff_lib.base.vectors import vectors as as_vectors
-from pdiff_lib.networks.capture import Count, Split, split, try_one_image, whole
+from pdiff_lib.networks.capture import Count, Split, reason, split_or_whole, try_one_image, whole
 from pdiff_lib.networks.subset import Subset, tensors_of
 from pdiff_lib.tasks import few, task
 
@@ -120,7 +120,7 @@ class Evaluator:
                     if self.vectors_at_once == 1:
                         raise
                     warnings.warn(f"{type(self.net).__name__} does not take several vectors at once, so they run one after the other "
-                                  f"({_reason(error)})")
+                                  f"({reason(error)})")
                     self.vectors_at_once = 1
 
     def _shrink(self) -> bool:
@@ -145,7 +145,7 @@ class Evaluator:
     @torch.no_grad()
     def capture(self) -> None:
         """Capture the network now, whether that pays or not."""
-        self.part = _split_or_whole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
+        self.part = split_or_whole(self.net, self.sub.names, self._images(0, self.batch, self.layout))
 
     def _predict(self, theta: Float[Tensor, "M D"]) -> Int64[Tensor, "M N"]:
         if self.part is None and self._pays():
@@ -251,20 +251,6 @@ def summary(wrong: Bool[Tensor, "M N"], seed: int = 0) -> dict[str, float | int]
         raise ValueError(f"wrong has shape [{models}, {images}]: expected at least 1 model and 2 images")
     found = task.summary(lambda items: accuracy(wrong[:, items]), images, seed=seed)
     return {"n_models": models, "n_images": images, **found}
-
-
-def _split_or_whole(net: nn.Module, names: tuple[str, ...], example: Tensor) -> Split:
-    try:
-        return split(net, names, example)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # torch.export has no common base for what it cannot capture
-        warnings.warn(f"{type(net).__name__} cannot be captured, so the whole network runs for every vector ({_reason(error)})")
-        return whole(net)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _scores(part: Split, sub: Subset, theta: Tensor, boundary: tuple[Tensor, ...]) -> Tensor:

@@ -36,7 +36,7 @@ def find(name: str, size: int | None, root: Path, download: bool) -> tuple[str, 
     channels = known.channels if known else None
     if name == "digits":
         return "scikit-learn digits", _digits(), channels
-    if known and any(map(os.path.exists, stored)):
+    if name and any(map(os.path.exists, stored)):
         return _parquets(stored), [files.parquet(file) for file in stored], channels
     if known:
         return f"torchvision {known.cls}", _download(name, size, root, download), channels

@@ -22,7 +22,8 @@ from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import order
 
-TASKS = {name: f"pdiff_lib.tasks.{name}:{name.title()}" for name in ("classification", "regression", "fields")}
+TASKS = {name: f"pdiff_lib.tasks.{name}:{name.title()}" for name in
+         ("classification", "regression", "fields", "detection", "segmentation")}
 AT_ONCE, NUMBERS_AT_ONCE = 64, 2**26  # vectors that share one vmap, at most; and their outputs and parameters together
 BatchOf = Callable[[int, slice], tuple[Tensor, Tensor]]
 Predictor = Callable[[Tensor], Tensor]
@@ -127,9 +128,9 @@ class Task(ABC):
     def check(self, net: nn.Module) -> None:
         """Refuse a network that does not take this task's items (`ValueError`)."""
         try:
+            device = next(net.parameters()).device
             with torch.no_grad(), evaluating(net):
-                outputs = net(self.example.to(next(net.parameters()).device))
-            self.criterion(outputs, self.y_train[:1].to(outputs.device))
+                self.criterion(net(self.example.to(device)), self.y_train[:1].to(device))
         except Exception as error:  # whatever a network of a user's own raises
             raise ValueError(f"{type(net).__name__} does not take items of shape {list(self.example.shape[1:])} of {self.name}, or gives "
                              f"what they are not compared with: {type(error).__name__}: {error}") from error

@@ -39,8 +39,8 @@ def seconds(call):
 
 def main(wanted):
     warnings.simplefilter("ignore", FutureWarning)
-    captures, split = [], evaluate.split
-    evaluate.split = lambda *how: captures.append(1) or split(*how)
+    captures, split = [], capture.split
+    capture.split = lambda *how: captures.append(1) or split(*how)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, processor time")
     print(f"{'network':24}{'generated':14}{'pixels':>7}{'images':>7}{'vectors':>8}{'plain s':>9}{'ours s':>8}{'ratio':>8}"
           "  way       agree")

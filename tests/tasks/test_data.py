@@ -546,4 +546,4 @@ def test_unknown_names_list_what_is_possible(name, message):
 def test_catalogue_columns(tmp_path):
     rows = data.catalogue(tmp_path)
     assert {tuple(row) for row in rows} == {("name", "classes", "source", "image_size", "present", "where")}
-    assert [row["name"] for row in rows if row["present"]] == ["digits"]
+    assert [row["name"] for row in rows if row["present"]] == ["digits", "scenes"]

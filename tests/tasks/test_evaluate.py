@@ -276,14 +276,14 @@ def test_one_vector_is_not_worth_a_capture(monkeypatch, captured):
     net = mini()
     sub = subset.select(net, "last_norms:1")
     theta, x = vectors(net, sub, 1), images(4, 8)
-    monkeypatch.setattr(evaluate, "split", lambda *_: pytest.fail("captured"))
+    monkeypatch.setattr(capture, "split", lambda *_: pytest.fail("captured"))
     assert torch.equal(evaluate.predict(net, sub, theta, x), plain(net, sub, theta, x).argmax(-1))
 
 
 def captures(monkeypatch):
     """A list that grows with each capture."""
-    made, real = [], evaluate.split
-    monkeypatch.setattr(evaluate, "split", lambda *a: made.append(1) or real(*a))
+    made, real = [], capture.split
+    monkeypatch.setattr(capture, "split", lambda *a: made.append(1) or real(*a))
     return made
 
 
@@ -363,7 +363,7 @@ def test_errors_before_any_work(monkeypatch, unchecked):
     predict, net = evaluate.predict, mini()
     sub = subset.select(net, "last_norms:1")
     theta, x = vectors(net, sub, 4), images(3, 8)
-    monkeypatch.setattr(evaluate, "split", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(capture, "split", lambda *_: pytest.fail("work began"))
     spoilt = theta.clone()
     spoilt[2, 1], spoilt[3, 0] = float("nan"), float("inf")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -417,8 +417,8 @@ def test_an_evaluator_runs_the_frozen_part_once(monkeypatch, captured):
     theta, x = vectors(net, sub, 5), images(7, 8)
     expected = plain(net, sub, theta, x).argmax(-1)
     frozen = []
-    real = evaluate.split
-    monkeypatch.setattr(evaluate, "split", lambda *a: (part := real(*a))._replace(
+    real = capture.split
+    monkeypatch.setattr(capture, "split", lambda *a: (part := real(*a))._replace(
         frozen=lambda batch: frozen.append(len(batch)) or part.frozen(batch)))
     evaluator = evaluate.Evaluator(net, sub, x, batch_size=3)
     for chosen in (theta, theta[:2], theta[4:]):
@@ -541,7 +541,7 @@ def test_out_of_memory_is_no_fault_of_the_network(monkeypatch, where, captured):
     if where == "forward":
         monkeypatch.setattr(net[0], "forward", full)
     else:
-        monkeypatch.setattr(evaluate, "split", full)
+        monkeypatch.setattr(capture, "split", full)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nor "cannot be captured"
         with pytest.raises(torch.OutOfMemoryError):
