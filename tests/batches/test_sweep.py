@@ -124,20 +124,23 @@ def test_a_killed_worker_and_a_killed_kernel_are_made_good(tmp_path):
     assert s.losses() == s.again() == [] and s.said().count("killed; it goes on") == 2
 
 
-def test_a_killed_sweep_takes_its_workers_along_and_goes_on_when_started_again(tmp_path):
-    s = harness.Sweep(tmp_path, [2, 3, 4], [0], seconds=1.5)
-    for ends in (0, 1):
-        process = s.start("--workers", "2")
-        s.wait_for(len(s.lines("start")) + 1)
-        s.wait_for(ends, "end")
-        children = psutil.Process(process.pid).children(recursive=True)
-        harness.kill(process)
-        process.wait()
-        assert children and gone(children)
+def test_a_killed_sweep_takes_its_workers_along_and_goes_on_when_started_again(tmp_path, monkeypatch, capsys):
+    s = harness.Sweep(tmp_path, [2, 3], [0], seconds=1.5)
+    process = s.start("--workers", "2")
+    s.wait_for(1, "end")
+    s.wait_for(2)  # a stage is whole, and another at work
+    time.sleep(0.4)
+    children = psutil.Process(process.pid).children(recursive=True)
+    harness.kill(process)
+    process.wait()
+    assert children and gone(children)
+    begun = len(s.lines("start"))
     code, said = s.finish("--workers", "2")
-    assert code == 0 and s.losses() == [], said
-    code, said = s.finish("--workers", "2")
-    assert code == 0 and "3 runs, 3 of them complete" in said and s.losses() == []
+    assert code == 0 and s.losses() == s.again() == [], said
+    assert int(s.lines("start")[begun].split()[3]) > 0, "it goes on from its checkpoint"
+    monkeypatch.setenv("PDIFF_RUNS", str(s.runs))
+    assert [o.error for o in sweep.run(sweep.load(s.file))] == ["", ""] and s.losses() == s.again() == []
+    assert "2 runs, 2 of them complete" in capsys.readouterr().out
 
 
 def test_two_sweeps_over_one_grid(tmp_path):
@@ -148,19 +151,18 @@ def test_two_sweeps_over_one_grid(tmp_path):
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    s = harness.Sweep(tmp_path, [2, 3, 4], [0], seconds=0.1, fail_at=3)
+    s = harness.Sweep(tmp_path, [2, 3], [0], seconds=0.1, fail_at=2)
     code, said = s.finish("--workers", "1")
-    assert code == 1 and "1 of 3 runs failed:\n  k_checkpoints=3 seed=0: AssertionError in cell" in said and "asked to" in said
-    assert len(s.lines("run")) == 2
+    assert code == 1 and "1 of 2 runs failed:\n  k_checkpoints=2 seed=0: AssertionError in cell" in said and "asked to" in said
+    assert s.lines("run") == ["run 0 3"]
     (left,) = s.runs.glob("faulty/*/unfinished-faulty.ipynb")
     text = left.read_text()
     assert "asked to fail" in text and "Traceback" in text and str(left) in said
 
     monkeypatch.setenv("PDIFF_RUNS", str(s.runs))  # the table of those that are there
     table = results.collect(sweep.load(s.file))
-    assert table.attrs["present"] == 2 and table.attrs["missing"] == ["k_checkpoints=3 seed=0"]
-    assert table.attrs["other_code"] == 0 and list(table["k_checkpoints"]) == [2, 4]
-    assert list(table["sum"]) == [harness.SUM * 3, harness.SUM * 5]
+    assert table.attrs["present"] == 1 and table.attrs["missing"] == ["k_checkpoints=2 seed=0"]
+    assert table.attrs["other_code"] == 0 and list(table["k_checkpoints"]) == [3] and list(table["sum"]) == [harness.SUM * 4]
 
 
 @pytest.fixture
@@ -192,7 +194,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path, small_disk):
     assert code == 0 and "2 runs, 1 of them complete" in said and s.losses() == s.again() == []
 
 
-def test_a_dry_run_prints_commands_that_do_the_same(tmp_path, monkeypatch):
+def test_a_dry_run_prints_commands_that_do_the_same(tmp_path, monkeypatch, capsys):
     s = harness.Sweep(tmp_path, [2, 3], [0], seconds=0.1)
     code, said = s.finish("--dry-run")
     lines = said.splitlines()
@@ -203,18 +205,20 @@ def test_a_dry_run_prints_commands_that_do_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("PDIFF_RUNS", str(s.runs))
     table = results.collect(sweep.load(s.file))
     assert list(table["k_checkpoints"]) == [3] and table.attrs["missing"] == ["k_checkpoints=2 seed=0"]
-    code, said = s.finish()
-    assert code == 0 and "2 runs, 1 of them complete" in said and [x.split()[2] for x in s.lines("run")] == ["3", "2"]
+    todo = []  # what a sweep would still make
+    monkeypatch.setattr(sweep, "_here", lambda grid, runs, *how: ((todo.append(grid.label(run)) or run, "") for run in runs))
+    sweep.run(sweep.load(s.file))
+    assert todo == ["k_checkpoints=2 seed=0"] and "2 runs, 1 of them complete" in capsys.readouterr().out
 
 
 def test_what_one_machine_made_another_fetches(tmp_path):
     url = f"file://{tmp_path / 'shared'}"
-    here = harness.Sweep(tmp_path / "here", [2, 3], [0], seconds=0.1)
+    here = harness.Sweep(tmp_path / "here", [2], [0], seconds=0.1)
     assert here.finish("--storage", url, "--workers", "1")[0] == 0 and here.losses() == here.again() == []
-    there = harness.Sweep(tmp_path / "here", [2, 3, 4], [0], seconds=0.1, runs=tmp_path / "there")
+    there = harness.Sweep(tmp_path / "here", [2, 3], [0], seconds=0.1, runs=tmp_path / "there")
     code, said = there.finish("--storage", url, "--workers", "1")
-    assert code == 0 and "3 runs, 2 of them complete" in said
-    # Nothing was computed twice: the shared stage came from there too; the stages of the fetched runs were not needed.
+    assert code == 0 and "2 runs, 1 of them complete" in said
+    # Nothing was computed twice: the shared stage came from there too; the own stage of the fetched run was not needed.
     assert [x for x in there.losses() if not x.startswith("2 files of stages")] == []
     assert not [p for p in (tmp_path / "shared").rglob(".*")], "nothing half-written is left"
 
