@@ -1,5 +1,6 @@
 """Annotated shapes and types of the whole package are checked at run time, in every test."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "pdiff_lib"
 MODULES = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in PACKAGE.rglob("*.py")
            if file.stem not in ("__init__", "recipe")}
 install_import_hook(sorted(MODULES), "beartype.beartype")
+
+# Whatever is first imported by a module of the package is compiled anew, as the hook names bytecode otherwise meanwhile.
+LARGE = ("torch._dynamo", "torch.export", "torchvision.transforms.v2", "timm", "pandas", "pyarrow.parquet", "sklearn.decomposition",
+         "scipy.stats", "plotly.graph_objs._figure", "plotly.subplots", "kaleido", "ipywidgets", "anywidget", "nbformat", "beartype")
+
+
+def pytest_collection():
+    """Not in the process that hands out the tests, which imports none of them."""
+    for package in LARGE:
+        importlib.import_module(package)
 
 
 @pytest.fixture
