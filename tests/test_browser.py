@@ -145,14 +145,13 @@ def test_explorers_as_a_page_without_a_network(tmp_path, pictures, stages, table
         assert page.locator("text=Traceback").count() == 0
 
 
-@pytest.mark.parametrize("name, explorers", [("00_quickstart", ["scatter", "denoising"]), ("24_parameter_generation", ["denoising"])])
-def test_explorers_of_other_notebooks(desk, monkeypatch, stages, name, explorers):
+def test_explorers_of_the_quickstart(desk, monkeypatch, stages):
     folder, address = desk
-    name = small(name, folder, monkeypatch, stages)
+    name = small("00_quickstart", folder, monkeypatch, stages)
     with chromium() as page:
         page.goto(address(name))
         run_all(page)
-        for explorer in explorers:
+        for explorer in ("scatter", "denoising"):
             assert page.locator(f".pdiff-{explorer}").count() == 1
         move_through_the_chain(page)
 
