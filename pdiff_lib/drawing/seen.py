@@ -36,7 +36,7 @@ def detections(x: UInt8[Tensor, "n 3 s s"], found: Mapping[str, Float[Tensor, "n
     is drawn bold, in orange, in the row that has it; of the first row, where any of the others lacks it.
     """
     names = list(found)
-    fig = _grid(names, len(x), title)
+    fig = _grid(names, len(x), x.shape[-1], title)
     sure = {name: [[box for box in image.tolist() if box[5] >= 0 and box[4] >= SURE] for image in each] for name, each in found.items()}
     for i, row in enumerate(names):
         for j, image in enumerate(x):
@@ -44,7 +44,7 @@ def detections(x: UInt8[Tensor, "n 3 s s"], found: Mapping[str, Float[Tensor, "n
             others = [sure[name][j] for name in (names[1:] if i == 0 else names[:1])]
             for box in sure[row][j]:
                 agreed = all(any(_same(box, other) for other in each) for each in others)
-                left, top, right, low = (edge - 0.5 for edge in box[:4])  # a pixel is drawn around its number
+                left, top, right, low = (edge - 0.5 for edge in box[:4])
                 score, label = box[4:]
                 fig.add_trace(go.Scatter(
                     x=[left, right, right, left, left], y=[top, top, low, low, top], mode="lines+text", text=[classes[int(label)]],
@@ -70,7 +70,7 @@ def masks(x: UInt8[Tensor, "n 3 s s"], given: Mapping[str, Int64[Tensor, "n s s"
     for name, each in list(given.items())[1:]:
         differs = (each != first)[:, None]
         rows[f"{name}: differs"] = torch.where(differs, torch.tensor(WRONG, dtype=torch.uint8)[None, :, None, None], x // 3 + 128)
-    fig = _grid(list(rows), len(x), title)
+    fig = _grid(list(rows), len(x), x.shape[-1], title)
     for i, row in enumerate(rows.values()):
         for j, image in enumerate(row):
             fig.add_trace(_picture(image), row=i + 1, col=j + 1)
@@ -94,9 +94,10 @@ def _same(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[5] == b[5] and float(box_iou(torch.tensor([a[:4]]), torch.tensor([b[:4]]))) >= SAME
 
 
-def _grid(names: Sequence[str], n: int, title: str) -> go.Figure:
+def _grid(names: Sequence[str], n: int, side: int, title: str) -> go.Figure:
     fig = make_subplots(len(names), n, horizontal_spacing=0.004, vertical_spacing=0.012, row_titles=list(names))
-    fig.update_xaxes(visible=False).update_yaxes(visible=False)
+    edges = [-0.5, side - 0.5]  # a pixel is drawn around its number
+    fig.update_xaxes(visible=False, range=edges).update_yaxes(visible=False, range=edges[::-1])
     fig.for_each_annotation(lambda a: a.update(x=-0.005, xanchor="right", textangle=0))
     return fig.update_layout(title=title, width=PIXELS * n + 260, height=PIXELS * len(names) + 90, margin={"l": 170, "r": 90, "t": 60, "b": 10})
 

@@ -25,7 +25,7 @@ ABLATIONS = {("3a", "no noise augmentation"): "noise_0000a00", ("3a", "parameter
              ("3a", "latent noise only"): "noise_0000a01", ("3d", "Adam"): "adam_optimizer", ("3e", "K=200"): "numberckpt_200",
              ("3e", "K=300 (default)"): "numberckpt_300", ("3e", "K=400"): "numberckpt_400", ("4", "x0.01"): "noise_x001",
              ("4", "x0.1"): "noise_x01", ("4", "x10"): "noise_x10", ("4", "x100"): "noise_x100"}
-SCORED = ("1", "2", "3a", "3b", "3c", "3d", "3e", "3f", "4", "6", "7", "8", "9", "13")  # image classification
+SCORED = ("1", "2", "3a", "3b", "3c", "3d", "3e", "3f", "4", "6", "7", "8", "9", "10", "11", "12", "13")
 CELLS = ("00_quickstart", "32a_partial_generation", "32b_full_generation")  # their records are cells of Tables 1 and 2
 DEFAULT = "cifar100_resnet18"  # the authors' experiment behind every row that is called the default
 

@@ -17,7 +17,7 @@ from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.subset import Subset
 
 VECTORS, IMAGES = 2, 256  # at most so many of either: no capture spares more than it costs
-SMALL, PASSES = 1_000_000, 1024  # or a network of fewer numbers, and at most so many forward passes of an image
+SMALL = ((1_000_000, 128), (100_000, 1024))  # or a network of fewer numbers, and at most so many forward passes of an image
 TINY = 2**15  # numbers in a network that does not fill a core
 
 
@@ -25,7 +25,8 @@ def are_few(net: nn.Module, vectors: int, images: int) -> bool:
     """Whether so little is asked for; decided by counts alone, so that the same calls take the same way each time."""
     if vectors <= VECTORS and images <= IMAGES:
         return True
-    return vectors * images <= PASSES and sum(p.numel() for p in net.parameters()) < SMALL
+    numbers = sum(p.numel() for p in net.parameters())
+    return any(numbers < most and vectors * images <= passes for most, passes in SMALL)
 
 
 @torch.no_grad()

@@ -652,6 +652,7 @@ def test_a_few_vectors_are_evaluated_as_many_are_and_leave_the_network_alone(mon
 
 
 def test_what_is_few_depends_on_counts_alone():
-    small, large = nn.Linear(10, 10), nn.Linear(1000, 1001)
+    small, middle, large = nn.Linear(10, 10), nn.Linear(400, 400), nn.Linear(1000, 1001)
     assert few.are_few(large, 2, 256) and not few.are_few(large, 2, 257) and not few.are_few(large, 3, 10)
+    assert few.are_few(middle, 8, 16) and not few.are_few(middle, 8, 17)
     assert few.are_few(small, 64, 16) and not few.are_few(small, 64, 17)
