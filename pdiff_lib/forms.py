@@ -11,17 +11,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pdiff_lib.arena import HELD_OUT, Arena
-from pdiff_lib.base import training
+from pdiff_lib.base import training, vectors
 from pdiff_lib.measures import novelty, shapes
 from pdiff_lib.networks import implicit, surfaces
-from pdiff_lib.tasks import task as tasks
+from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.tasks.fields import Fields
 from pdiff_lib.tasks.objects import THRESHOLD
 
 CELLS = {2: 28, 3: 32}  # along an axis
 POINTS = 1024  # on a surface
 TRAINING = "training object"
-AT_ONCE = 2**14  # points that networks are asked for: bounds memory
+AT_ONCE, NETWORKS = 2**14, 8  # points that so many networks are asked for together: bounds memory
 
 
 class Forms:
@@ -58,10 +58,24 @@ class Forms:
 
     # ---------------------------------------------------------------- to look at
 
+    @torch.no_grad()
     def at(self, theta: Float[Tensor, "M D"], points: Float[Tensor, "p d"]) -> Float[Tensor, "M p"]:
         """What networks give at any points: grey values, or probabilities of being inside."""
         e = self.arena.experiment
-        found = torch.cat([tasks.predict(e._initial, e.subset, theta, part, e.device)[..., 0] for part in points.split(AT_ONCE)], dim=1)
+        theta, net = vectors.vectors(theta, e.subset.numel, device=e.device), e._initial
+        state = {name: t.detach().to(e.device) for name, t in (*net.named_parameters(), *net.named_buffers())}
+
+        def one(vector: Tensor, part: Tensor) -> Tensor:
+            return torch.func.functional_call(net, {**state, **e.subset.unflatten(vector)}, (part,))[..., 0]
+
+        found = torch.empty(len(theta), len(points))
+        with evaluating(net), training.precision(torch.device(e.device)):
+            for i, few in enumerate(theta.split(NETWORKS)):
+                # Filled up, so that equal vectors give equal numbers; `predict` fills up to 64, for nothing where a few are drawn.
+                filled = torch.cat([few, few[-1:].expand(NETWORKS - len(few), -1)])
+                for j, part in enumerate(points.to(e.device).split(AT_ONCE)):
+                    given = torch.func.vmap(one, in_dims=(0, None))(filled, part)[:len(few)]
+                    found[i * NETWORKS:i * NETWORKS + len(few), j * AT_ONCE:j * AT_ONCE + len(part)] = given
         return found if self.task.kind == "grey" else found.sigmoid()
 
     def values(self, theta: Float[Tensor, "M D"], cells: int = 0) -> Float[Tensor, "M ..."]:

@@ -9,14 +9,15 @@ from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from device import DEVICE
-from pdiff_lib import explore, plots
+from pdiff_lib import explore, forms, plots
 from pdiff_lib.arena import HELD_OUT, Arena
 from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.base.runs import Store
 from pdiff_lib.experiment import PDIFF
 from pdiff_lib.forms import TRAINING, Forms
 from pdiff_lib.measures import novelty
-from pdiff_lib.networks import surfaces
+from pdiff_lib.networks import implicit, surfaces
+from pdiff_lib.tasks import task
 
 K, HELD, M = 12, 4, 6
 SETTINGS = {"task": "fields", "dataset": "digits", "field_kind": "glyph", "image_size": 12, "train_images": 20, "test_images": 15, "field_points": 300,
@@ -123,6 +124,22 @@ def test_pictures_are_of_what_fields_and_objects_are_there(glyphs):
     fig = plots.sheet({"real": glyphs.pictures(real), "one": glyphs.pictures(values[:1])}, "t")
     z = fig.data[0].z
     assert (z[:12, :12] == (250 * real[0]).round().numpy()).all() and (z[:12, 12:15] == 255).all() and fig.layout.yaxis.ticktext == ("real", "one")
+
+
+def test_few_networks_give_what_many_give_and_little_is_computed_for_nothing(bodies, monkeypatch):
+    e, theta, points = bodies.arena.experiment, bodies.arena.originals["raw"], implicit.raster(4, 3)[:50]
+    theta = torch.cat([theta, theta, theta])[:11]
+    told = task.predict(e._initial, e.subset, theta, points, e.device)[..., 0].sigmoid()
+    monkeypatch.setattr(forms, "AT_ONCE", 20)
+    asked = []
+    vmap = torch.func.vmap
+    monkeypatch.setattr(torch.func, "vmap", lambda f, **how: lambda a, b: asked.append((len(a), len(b))) or vmap(f, **how)(a, b))
+    found = bodies.at(theta, points)
+    torch.testing.assert_close(found, told)
+    assert asked == [(8, 20), (8, 20), (8, 10)] * 2
+    torch.testing.assert_close(found[9:], bodies.at(theta[9:], points))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        bodies.at(torch.full_like(theta[:1], torch.nan), points)
 
 
 def test_what_is_not_finite_has_no_picture_and_nothing_beside_it(glyphs):
