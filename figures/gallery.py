@@ -204,6 +204,15 @@ def fields(name: str) -> str:
     return rows(["method", "score", "distance of parameters", "empty (%)", "MMD", "COV (%)", "1-NNA", "to the nearest training object", "Z_U"], body)
 
 
+def seen() -> str:
+    """The records of B4a_detection and B4b_segmentation: networks that find objects, of each method."""
+    numbers = {name: records()[f"scenes-{name}"]["numbers"] for name in ("b4a", "b4b")}
+    each = {**{f"{row}: AP": of for row, of in numbers["b4a"].items() if row not in ("ap50", "scorecard")}, "FCN: mIoU": numbers["b4b"]["methods"]}
+    body = [[what, NAMES.get(method, method), *(number(100 * m[key], 2) for key in ("mean", "best")), number(100 * m["gain"], 2, sign=True),
+             number(m["max_similarity"], 3)] for what, methods in each.items() for method, m in methods.items()]
+    return rows(["network: score (%)", "method", "mean", "best", "mean beyond the originals'", "max similarity"], body)
+
+
 def front() -> str:
     """The root README's table: mean accuracies of the main runs."""
     def line(name: str, what: str, seeds: int, methods: dict[str, dict[str, float]]) -> list[Any]:
@@ -242,8 +251,8 @@ def index() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in CELLS}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
-    "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "bodies-63")},
-    "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
+    "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "bodies-63", "chairs-63")},
+    "seen": seen, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
 
 

@@ -25,6 +25,7 @@ from pdiff_lib.tasks.task import Judged, Predictor, Task
 
 FOUND = 0.5  # IoU and score from which an object counts as found
 AT_ONCE = 64  # images
+MOST = 100  # detections of an image, of a detector that does not say
 SLICE = 16  # networks whose detections are compared with all objects at once
 
 
@@ -68,7 +69,7 @@ class Detection(Task):
 
     @property
     def judging(self) -> tuple[Any, ...]:
-        return Detection.predictor, Detection._of_classes, detectors, capture, shared
+        return Detection._over, Detection._of_classes, detectors, capture, shared
 
     @property
     def example(self) -> Float[Tensor, "1 3 s s"]:
@@ -125,8 +126,7 @@ class Detection(Task):
             parts = detectors.InParts(net, self.scenes.size)
         except ValueError as error:
             capture.warn_whole(net, error)
-            with torch.no_grad():
-                most = getattr(net, "detections_per_img", 100)
+            most = getattr(net, "detections_per_img", MOST)
 
             def whole(params: dict[str, Tensor], images: tuple[Tensor, ...]) -> Tensor:
                 return detectors.table(torch.func.functional_call(net, params, (list(images[0]),)), most)
