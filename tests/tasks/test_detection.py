@@ -10,7 +10,7 @@ import torch
 from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.base.runs import Store
 from pdiff_lib.experiment import ORIGINAL, Experiment
-from pdiff_lib.networks import detectors, subset
+from pdiff_lib.networks import capture, detectors, subset
 from pdiff_lib.tasks import task
 from pdiff_lib.tasks.scenes import NOTHING
 
@@ -142,6 +142,15 @@ def test_training_learns_and_repeats_step_by_step(scenes_, tmp_path):
         losses.append(run)
         torch.rand(3)  # whatever else draws numbers
     assert losses[0] == losses[1] and per_epoch == 3 and np.mean(losses[0][-2:]) < 0.8 * np.mean(losses[0][:2])
+
+
+def test_a_backbone_that_cannot_be_captured_runs_whole_with_a_warning_and_finds_the_same(walked, monkeypatch):
+    theta, ours = walked.theta(ORIGINAL), walked.predictions(ORIGINAL)
+    monkeypatch.setattr(capture, "split", lambda *_: exec("raise RuntimeError('no graph')"))
+    with pytest.warns(UserWarning, match="Dense cannot be captured, so the whole network runs for every vector .RuntimeError: no graph"):
+        whole = walked.task.predictor(walked.net, walked.subset, torch.device("cpu"))
+    assert torch.allclose(whole(theta), ours, atol=1e-4)
+    assert torch.equal(whole(theta[:1]), whole(theta)[:1])
 
 
 class Odd(torch.nn.Module):
