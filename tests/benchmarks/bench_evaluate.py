@@ -15,7 +15,7 @@ import warnings
 import torch
 
 from pdiff_lib import networks
-from pdiff_lib.networks import subset
+from pdiff_lib.networks import capture, subset
 from pdiff_lib.tasks import evaluate
 
 VECTORS = [2, 8, 50, 200]
