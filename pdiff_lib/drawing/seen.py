@@ -75,19 +75,25 @@ def masks(x: UInt8[Tensor, "n 3 s s"], given: Mapping[str, Int64[Tensor, "n s s"
         for j, image in enumerate(row):
             fig.add_trace(_picture(image), row=i + 1, col=j + 1)
     for c in sorted(set(torch.cat([each.flatten() for each in given.values()]).unique().tolist()) - {0}):
-        colour = "black" if c < 0 else COLOURS[(c - 1) % len(COLOURS)]
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 10, "color": colour},
+        colour = (0, 0, 0) if c < 0 else _colour(c)
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker={"symbol": "square", "size": 10, "color": f"rgb{colour}"},
                                  name="no class (not finite)" if c < 0 else classes[c]), row=1, col=1)
     return fig
 
 
 def _painted(x: UInt8[Tensor, "n 3 s s"], given: Int64[Tensor, "n s s"]) -> UInt8[Tensor, "n 3 s s"]:
     """Images, grey and pale, with the colours of classes on them."""
-    table = torch.tensor([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in COLOURS], dtype=torch.uint8)
-    colour = table[(given - 1).clamp(min=0) % len(COLOURS)].permute(0, 3, 1, 2)
-    colour = colour.where((given >= 0)[:, None], 0)
+    table = torch.tensor([(0, 0, 0), *(_colour(c) for c in range(1, int(given.max()) + 1))], dtype=torch.uint8)
+    colour = table[given.clamp(min=0)].permute(0, 3, 1, 2)
     pale = (x.float().mean(dim=1, keepdim=True) / 3 + 150).byte().expand_as(x)
     return torch.where((given != 0)[:, None], colour, pale)
+
+
+def _colour(c: int) -> tuple[int, int, int]:
+    """Of class c, from 1 on: the palette's, then the same paler; black, which means no class, is left out."""
+    colours = [colour for colour in COLOURS if colour != "#000000"]
+    turn, i = divmod(c - 1, len(colours))
+    return tuple(round(255 - (255 - int(colours[i][at:at + 2], 16)) * 0.55**turn) for at in (1, 3, 5))
 
 
 def _same(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -45,3 +45,12 @@ def test_masks_have_a_colour_for_each_class_and_differences_a_row():
     differs = (pixels(fig, 4, 1) == (213, 94, 0)).all(axis=-1)
     assert differs[3].all() and differs.sum() == 16 and (pixels(fig, 4, 2) == (213, 94, 0)).all(axis=-1).sum() == 1
     assert {t.name for t in fig.data if t.type == "scatter"} == {"cat", "no class (not finite)"}
+
+
+def test_no_two_classes_share_a_colour_and_none_is_that_of_nothing():
+    given = torch.arange(25).clamp(max=23).view(1, 5, 5).repeat(2, 1, 1)
+    given[1, 0, 0] = -1
+    fig = plots.masks(torch.zeros(2, 3, 5, 5, dtype=torch.uint8), {"original": given}, ("background", *map(str, range(1, 24))), "scenes")
+    colours = {t.name: t.marker.color for t in fig.data if t.type == "scatter"}
+    assert len(colours) == 24 and len(set(colours.values())) == 24 and colours["no class (not finite)"] == "rgb(0, 0, 0)"
+    assert "rgb" + str(tuple(pixels(fig, 2, 1)[4, 4].tolist())) == colours["23"]
