@@ -80,16 +80,22 @@ def run_all(page, seconds: float = 300) -> None:
     dialog = page.locator(".jp-Dialog")
     # One answer may bring the next question: no_wait_after, or it would wait for the last to go before it answers that.
     page.add_locator_handler(dialog, lambda: dialog.locator(".jp-mod-accept").last.click(), no_wait_after=True)
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-    while not page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text=re.compile(r"[\d*]")).count():
-        # A page that is still busy loses the click.
-        page.keyboard.press("Escape")
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.locator('[data-command="runmenu:run-all"]').click()
-        page.wait_for_timeout(3000)
-    page.wait_for_function("""() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
-                              .every(e => /\\d/.test(e.textContent)) || document.querySelector(
-                              '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')""",
-                           timeout=1000 * seconds, polling=250)
+    idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    idle.wait_for()
+    until, waited = time.monotonic() + seconds, 0
+    while not page.evaluate("""() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
+                               .every(e => /\\d/.test(e.textContent)) || document.querySelector(
+                               '.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]') !== null"""):
+        assert time.monotonic() < until, f"not at the end after {seconds:g} s: {page.locator('.jp-InputPrompt').all_text_contents()}"
+        begun = page.locator(".jp-CodeCell .jp-InputPrompt").filter(has_text=re.compile(r"[\d*]")).count()
+        waited = waited + 1 if idle.count() else 0
+        if not begun or waited > 20:
+            # A page that is still busy loses the click, and a kernel that has just come what it is asked.
+            page.keyboard.press("Escape")
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.locator('[data-command="runmenu:run-all"]').click()
+            waited = 0
+            page.wait_for_timeout(3000)
+        page.wait_for_timeout(500)
     errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
     assert errors.all_text_contents() == []
