@@ -7,8 +7,8 @@ BIN := .venv/bin
 quickstart: .venv/installed  ## generate networks that classify handwritten digits, and look at them
 	$(BIN)/pdiff run 00_quickstart
 
-# A file or a notebook per worker at a time, each whole on one; one more than there are cores, as browsers and test_notebooks.py mostly wait.
-WORKERS = --numprocesses=$(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses=4 --dist=loadfile
+# A file or a notebook per core at a time, each whole on one worker, which keeps to its core.
+WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 test: export OMP_NUM_THREADS := 1
 test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval
 	$(BIN)/python -m pytest $(WORKERS) --durations=40 -m "not alone"
