@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pdiff_lib.tasks.decode import decode
 
-NOTHING, NOT_COUNTED = -1, 255
+NOTHING, NOT_COUNTED = -1, 255  # the class of no object; what masks say of pixels that are not judged
 VOC_BORDER = 255  # what Pascal VOC's masks say of pixels that do not count
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pdiff_lib.base import training
 from pdiff_lib.tasks import annotations, sources
+from pdiff_lib.tasks.annotations import NOTHING, NOT_COUNTED as NOT_COUNTED
 
 MADE = "scenes"  # and "scenes:OBJECTS@PHOTOGRAPHS"
 HOW_MANY = 2000, 500  # scenes for training and testing, where 0 are asked for
@@ -23,7 +24,6 @@ CONTRAST = 60  # grey levels, at least, between an object and what it is pasted 
 GLYPH = 64  # pixels of a side, to which glyphs of several sizes are brought
 INK = 0.5  # from which share of ink on a pixel belongs to an object
 Photographs = Callable[[int, int, int, np.random.RandomState], list[Tensor]]  # (part, how many, side, random)
-NOTHING, NOT_COUNTED = -1, 255  # the class of no object; what masks say of pixels that are not judged
 
 
 @dataclass(frozen=True, eq=False)
