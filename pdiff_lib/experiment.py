@@ -239,7 +239,7 @@ class Experiment(Originals):
         """A row per network: method, index, score, similarity to the originals and which is nearest.
 
         Columns: `method`, `index`, `score` (of classifiers `accuracy`, a fraction; `Score.column` of the task), `max_similarity`
-        (Eq. 7; NaN where the task has no "wrong"), `nearest` (index of that original; -1 likewise), `distance` (Euclidean, to the
+        (Eq. 7; without "wrong" by the task's `alike`, else NaN), `nearest` (index of that original; -1 likewise), `distance` (Euclidean, to the
         nearest original), `outside_span` (see `similarity.outside_span`).
         """
         names = names or [ORIGINAL, *self.methods]
@@ -251,10 +251,13 @@ class Experiment(Originals):
 
     def frame_of(self, name: str, theta: Float[Array, "M D"]) -> pd.DataFrame:
         """The rows of `frame` for any parameter vectors under a name; `ORIGINAL`: an original is not compared with itself."""
-        judged, own, originals = self.judged_of(theta), name == ORIGINAL, self.theta(ORIGINAL)
+        found, own, originals = self.predictions_of(theta), name == ORIGINAL, self.theta(ORIGINAL)
+        judged = self.task.judged(found, self._originals())
         value, nearest = torch.full((len(theta),), torch.nan), torch.full((len(theta),), -1)
         if judged.wrong is not None:
             value, nearest = similarity.nearest(judged.wrong, self.wrong(ORIGINAL), exclude_self=own)
+        elif (pairs := self.task.alike(found, self.predictions(ORIGINAL))) is not None:
+            value, nearest = similarity.highest(pairs, exclude_self=own)
         return self.task.score.of_frame(pd.DataFrame({
             "method": name, "index": range(len(theta)), self.task.score.column: judged.score.numpy(),
             "max_similarity": value.numpy(), "nearest": nearest.numpy(),

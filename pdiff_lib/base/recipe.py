@@ -44,11 +44,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Data(Section):
-    """What networks are trained for (`task`: "classification", "regression", "fields", "detection", "segmentation", or
+    """What networks are trained for (`task`: "classification", "regression", "fields", "detection", "segmentation", "image_generation", or
     `package.module:Class` of your own), and on what: `dataset`, for images see `data.load`, for scenes `scenes.load`; sizes in pixels;
     0 images = all there are, 0 channels = as stored. Fields are of `field_kind` "grey" (images), "glyph" (images by threshold: what is at
     least half white), "extruded" (glyphs as bodies) or "mesh" (a folder of bodies, see `meshes.load`), and learn from `field_points` of
-    each object (of a body as many more near its surface); judged at `field_test_points`."""
+    each object (of a body as many more near its surface); judged at `field_test_points`. `image_steps`: of noise to images."""
 
     task: str = "classification"
     dataset: str = "cifar100"
@@ -60,6 +60,7 @@ class Data(Section):
     field_kind: str = setting("grey", choices=("grey", "glyph", "extruded", "mesh"))
     field_points: int = setting(100_000, 2)
     field_test_points: int = setting(100_000, 2)
+    image_steps: int = setting(50, 1, 1000)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class Score:
         better: "higher" or "lower".
         scale: from the number that is kept to the one that is shown (100 for fractions in percent).
         column: its name in a frame of networks.
+        similarity: what similarity (a frame's `max_similarity`) is made of.
 
     Raises:
         ValueError: `better` is neither.
@@ -28,6 +29,7 @@ class Score:
     better: str = "higher"
     scale: float = 1.0
     column: str = "score"
+    similarity: str = "IoU"
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):

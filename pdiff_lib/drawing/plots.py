@@ -18,7 +18,7 @@ from pdiff_lib.base import score as scores
 from pdiff_lib.drawing.palette import COLOURS, DIVERGING, LABELS, SEQUENTIAL, look
 from pdiff_lib.drawing.pictures import confusion, denoising, grid, heatmaps, pairs, trajectory  # noqa: F401
 from pdiff_lib.drawing.renderer import draw
-from pdiff_lib.drawing.seen import detections, masks  # noqa: F401
+from pdiff_lib.drawing.seen import detections, made, masks  # noqa: F401
 from pdiff_lib.drawing.sheets import forming, moving, sheet  # noqa: F401
 from pdiff_lib.drawing.standings import field, standings  # noqa: F401
 
@@ -35,8 +35,12 @@ def scatter(frame: pd.DataFrame, title: str) -> go.Figure:
                   f"{score.name} %{{y:.2f}} {score.unit}<br>maximum similarity %{{x:.3f}}<br>nearest original: %{{customdata[1]}}"
                   "<br>distance to the nearest %{customdata[2]:.3g}<br>outside the span %{customdata[3]:.2f}",
                   ["index", "nearest", "distance", "outside_span"])
-    return fig.update_layout(title=title, width=820, height=520, xaxis_title=LABELS["max_similarity"],
+    return fig.update_layout(title=title, width=820, height=520, xaxis_title=_similarity(score),
                              yaxis_title=score.label)
+
+
+def _similarity(score: scores.Score) -> str:
+    return f"maximum similarity to the originals ({score.similarity})"
 
 
 def _in_units(frame: pd.DataFrame, score: scores.Score) -> pd.DataFrame:
@@ -53,7 +57,7 @@ def scatters(frame: pd.DataFrame, by: str, title: str) -> go.Figure:
     """
     panels, score = list(frame.groupby(by, sort=False)), scores.of(frame)
     fig = make_subplots(rows=1, cols=len(panels), subplot_titles=[str(name) for name, _ in panels], horizontal_spacing=0.06,
-                        x_title=LABELS["max_similarity"], y_title=score.label)
+                        x_title=_similarity(score), y_title=score.label)
     order = {method: i for i, method in enumerate(frame.method.unique())}
     for col, (_, panel) in enumerate(panels, 1):
         for method, part in panel.groupby("method", sort=False):

@@ -63,13 +63,23 @@ def maximum(wrong: Bool[Tensor, "M N"], wrong_originals: Bool[Tensor, "K N"],
 def nearest(wrong: Bool[Tensor, "M N"], wrong_originals: Bool[Tensor, "K N"],
             exclude_self: bool = False) -> tuple[Tensor, Tensor]:
     """Maximum similarity, and the index of the original that has it: float [M], int64 [M]. Arguments as `maximum`."""
-    pairs = iou(wrong, wrong_originals)
+    return highest(iou(wrong, wrong_originals), exclude_self)
+
+
+def highest(pairs: Float[Tensor, "M K"], exclude_self: bool = False) -> tuple[Tensor, Tensor]:
+    """The highest similarity to an original, and its index: float [M], int64 [M]; NaN and -1 where there is a NaN.
+
+    Args:
+        pairs: of each network with each original.
+        exclude_self: as in `maximum`, which raises the same.
+    """
     if exclude_self:
         if pairs.shape[0] != pairs.shape[1] or len(pairs) < 2:
             raise ValueError(f"exclude_self with {pairs.shape[0]} networks and {pairs.shape[1]} originals: expected the "
                              "originals themselves, at least two")
-        pairs.fill_diagonal_(-1.0)
-    return tuple(pairs.max(dim=1))
+        pairs.fill_diagonal_(-torch.inf)
+    value, nearest = pairs.max(dim=1)
+    return value, nearest.where(~value.isnan(), -1)
 
 
 def distance(theta: Float[Array, "M D"], originals: Float[Array, "K D"], exclude_self: bool = False) -> Float[Tensor, "M"]:

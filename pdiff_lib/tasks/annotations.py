@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pdiff_lib.base.extras import extra
 from pdiff_lib.tasks.decode import decode
 
 NOTHING, NOT_COUNTED = -1, 255  # the class of no object; what masks say of pixels that are not judged
@@ -78,12 +79,7 @@ def coco() -> ModuleType:
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        import faster_coco_eval  # here, as it is an extra
-    except ImportError as error:
-        raise ValueError("COCO's masks and AP need faster-coco-eval, which is not installed: expected the extra, pip install "
-                         "'pdiff-lib[vision]'") from error
-    return faster_coco_eval
+    return extra("faster_coco_eval", "faster-coco-eval", "COCO's masks and AP need", "vision")
 
 
 def _checked(picture: Picture, width: int | float, height: int | float) -> Picture:

@@ -22,8 +22,8 @@ from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import order
 
-TASKS = {name: f"pdiff_lib.tasks.{name}:{name.title()}" for name in
-         ("classification", "regression", "fields", "detection", "segmentation")}
+TASKS = {name: f"pdiff_lib.tasks.{name}:{name.title().replace('_', '')}" for name in
+         ("classification", "regression", "fields", "detection", "segmentation", "image_generation")}
 AT_ONCE, NUMBERS_AT_ONCE = 64, 2**26  # vectors that share one vmap, at most; and their outputs and parameters together
 BatchOf = Callable[[int, slice], tuple[Tensor, Tensor]]
 Predictor = Callable[[Tensor], Tensor]
@@ -89,6 +89,10 @@ class Task(ABC):
             items: [n] indices of the test items that count; None: all.
         """
 
+    def alike(self, outputs: Shaped[Tensor, "M N ..."], others: Shaped[Tensor, "K N ..."]) -> Float[Tensor, "M K"] | None:
+        """How like others networks are where nothing is "wrong", at most 1; by default there is no such measure."""
+        return None
+
     @property
     def title(self) -> str:
         """Data and scale, for titles of figures."""
@@ -127,8 +131,8 @@ class Task(ABC):
 
     def check(self, net: nn.Module) -> None:
         """Refuse a network that does not take this task's items (`ValueError`)."""
+        device = next(net.parameters()).device
         try:
-            device = next(net.parameters()).device
             with torch.no_grad(), evaluating(net):
                 self.criterion(net(self.example.to(device)), self.y_train[:1].to(device))
         except Exception as error:  # whatever a network of a user's own raises
@@ -213,11 +217,8 @@ class Task(ABC):
 
 
 def of(data: recipe.Data, store: Store | None = None) -> Task:
-    """The task that a recipe names, with its data; `store`: for a task that keeps what it makes of them.
-
-    Raises:
-        ValueError: a name that is neither known nor `package.module:Class` of a `Task`, or what the task refuses.
-    """
+    """The task that a recipe names, with its data; `store`: for a task that keeps what it makes of them. Raises `ValueError`: a name that is
+    neither known nor `package.module:Class` of a `Task`, or what the task refuses."""
     place = TASKS.get(data.task, data.task)
     if not own.is_name(place):
         raise ValueError(f"{recipe.unknown('task', data.task, TASKS)}, or package.module:Class")
@@ -268,10 +269,8 @@ def halves(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def summary(score_on: Callable[[Tensor], Float[Tensor, "M"]], n: int, better: str = "higher", seed: int = 0) -> dict[str, float | int]:
-    """The scores of many networks in a few numbers.
-
-    `best` picks the best of many networks on the items that it is reported on, so it improves with their number alone. The
-    honest figure beside it picks on one random half of the items and reports on the other.
+    """The scores of many networks in a few numbers. `best` picks the best of many networks on the items that it is reported on, so it
+    improves with their number alone. The honest figure beside it picks on one random half of the items and reports on the other.
 
     Args:
         score_on: from indices of items to the score of each network on these.

@@ -30,9 +30,13 @@ def test_boxes_that_only_one_network_has_are_bold_in_the_row_that_has_them():
     assert [a.text for a in fig.layout.annotations] == ["original", "generated"]
 
 
-def pixels(fig, row, col, columns=2):
-    source = [t.source for t in fig.data if t.type == "image"][(row - 1) * columns + col - 1]
-    return np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+def pixels(fig, row, col):
+    """One picture of a row of them."""
+    source = [t.source for t in fig.data if t.type == "image"][row - 1]
+    strip = np.array(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+    side, gap = len(strip), 1
+    assert (strip.shape[1] + gap) % (side + gap) == 0 and (strip[:, side::side + gap] == 255).all()
+    return strip[:, (col - 1) * (side + gap):][:, :side]
 
 
 def test_masks_have_a_colour_for_each_class_and_differences_a_row():
@@ -54,3 +58,14 @@ def test_no_two_classes_share_a_colour_and_none_is_that_of_nothing():
     colours = {t.name: t.marker.color for t in fig.data if t.type == "scatter"}
     assert len(colours) == 24 and len(set(colours.values())) == 24 and colours["no class (not finite)"] == "rgb(0, 0, 0)"
     assert "rgb" + str(tuple(pixels(fig, 2, 1)[4, 4].tolist())) == colours["23"]
+
+
+def test_images_made_have_a_row_of_differences_and_what_is_not_finite_is_no_image():
+    first = torch.linspace(-1, 1, 16).view(1, 1, 4, 4).repeat(2, 1, 1, 1)
+    second = first + 0.1
+    second[1, 0, 0, 0] = torch.nan
+    fig = plots.made({"original": first, "generated": second}, "digits")
+    assert [a.text for a in fig.layout.annotations] == ["original", "generated", "generated: difference x4"]
+    assert (pixels(fig, 1, 1)[0, 0] == 0).all() and (pixels(fig, 1, 1)[3, 3] == 255).all()
+    assert abs(pixels(fig, 3, 1).astype(int) - round(127.5 * 1.4)).max() <= 1
+    assert (pixels(fig, 2, 2) == (213, 94, 0)).all() and (pixels(fig, 3, 2) == (213, 94, 0)).all()
