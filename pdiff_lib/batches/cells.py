@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pdiff_lib.base import parameters
+from pdiff_lib.base import parameters, quick
 
 
 class Cell(NamedTuple):
@@ -64,8 +64,7 @@ def check(notebook: Path) -> Path:
 
 def without_widgets(notebook: Path) -> str:
     """A notebook's text without the state of its widgets: megabytes, of progress bars that are over."""
-    import nbformat
-
+    nbformat = quick.nbformat()
     executed = nbformat.read(notebook, as_version=4)
     executed.metadata.pop("widgets", None)
     return nbformat.writes(executed)
@@ -73,8 +72,7 @@ def without_widgets(notebook: Path) -> str:
 
 def keep_outputs(ran: Path, notebook: Path) -> None:
     """Put the outputs of an executed notebook into the one that it was made from, without papermill's traces."""
-    import nbformat
-
+    nbformat = quick.nbformat()
     executed, original = nbformat.read(ran, as_version=4), nbformat.read(notebook, as_version=4)
     outputs = [c for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
     count = 0
@@ -110,8 +108,7 @@ def _cells(content: Mapping[str, Any]) -> list[Cell]:
 
 @lru_cache(4)
 def _judged(notebook: Path, _time: int) -> Mapping[str, Any]:
-    import nbformat
-
+    nbformat = quick.nbformat()
     try:
         read = nbformat.read(notebook, as_version=4)
         nbformat.validate(read)

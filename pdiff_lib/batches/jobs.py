@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from pdiff_lib.base import inputs, parameters, recipe, storage
+from pdiff_lib.base import inputs, parameters, quick, recipe, storage
 from pdiff_lib.base.records import digest
 from pdiff_lib.base.storage import root, waiting, write_text
 from pdiff_lib.batches import cells
@@ -172,6 +172,7 @@ def _unchanged(job: Job, when: str) -> None:
 
 
 def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
+    quick.nbformat()
     import papermill  # a second that no other command needs
     from nbclient.exceptions import DeadKernelError
 

@@ -6,6 +6,10 @@ Colours are Okabe and Ito's, safe for the colour-blind, and symbols differ with 
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from pdiff_lib.base import quick
+
+quick.nbformat()  # before plotly imports it, to show figures
+
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#D55E00", "#882255", "#999933"]
 SYMBOLS = ["circle", "diamond", "square", "triangle-up", "triangle-down", "star", "cross", "x", "pentagon"]
 SIGNS = "●◆■▲▼★✚✖⬟"  # the symbols, as text

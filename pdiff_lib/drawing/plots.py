@@ -5,6 +5,7 @@ Titles state network, dataset and scale (pass them as `title`); colours and symb
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -232,7 +233,7 @@ def columns(vectors: Mapping[str, Tensor], **more: Sequence) -> pd.DataFrame:
 
 
 def save(fig: go.Figure, path: str | Path, numbers: pd.DataFrame | None = None) -> go.Figure:
-    """Keep a figure: `path`.html (interactive), `path`.csv (its numbers), and `path`.svg where a Chrome or Chromium is.
+    """Keep a figure: `path`.html (interactive), `path`.csv (its numbers), and `path`.svg where a Chrome or Chromium is, unless $PDIFF_SVG is 0.
 
     The HTML fetches plotly.js from its CDN (4.7 MB in each file otherwise): without a network it shows nothing, the SVG does.
 
@@ -244,7 +245,9 @@ def save(fig: go.Figure, path: str | Path, numbers: pd.DataFrame | None = None) 
     fig.write_html(f"{path}.html", include_plotlyjs="cdn", full_html=True)
     if numbers is not None:
         numbers.to_csv(f"{path}.csv", index=False, float_format="%.6g")
-    if any(shutil.which(b) for b in ("chromium", "google-chrome", "chrome")):
+    if os.environ.get("PDIFF_SVG") == "0":
+        pass
+    elif any(shutil.which(b) for b in ("chromium", "google-chrome", "chrome")):
         draw(fig, Path(f"{path}.svg"))  # no `with_suffix`: of "noise-0.15" it would leave "noise-0"
     else:
         print(f"no Chrome or Chromium on this machine: {path.name}.svg was not drawn (the HTML was)")

@@ -121,6 +121,10 @@ def test_save_writes_html_and_numbers_and_a_picture_where_a_browser_is(tmp_path,
     assert (tmp_path / "two.html").is_file() and not (tmp_path / "two.csv").exists()
     plots.save(fig, tmp_path / "noise-0.05", numbers)
     assert {p.name for p in tmp_path.glob("noise*")} == {"noise-0.05.html", "noise-0.05.csv"}
+    monkeypatch.setenv("PDIFF_SVG", "0")
+    count = len(drawn)
+    plots.save(fig, tmp_path / "three")
+    assert (tmp_path / "three.html").is_file() and len(drawn) == count
 
 
 def test_violins_stand_in_the_order_of_the_setting():
