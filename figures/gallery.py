@@ -177,7 +177,7 @@ def beside() -> str:
 
 def how_many() -> str:
     """The records of 71_how_many: each method's accuracy, and at which distance, against K."""
-    found = {name: records()[name]["numbers"] for name in ("digits-71-canonical", "digits-71-8192", "digits-71-ablations", "digits-71")}
+    found = {name: records()[name]["numbers"] for name in ("digits-71-canonical", "digits-71-8192", "digits-71-ablations", "digits-71", "digits-71-seeds")}
     numbers = {**found["digits-71-canonical"], "canonical unit flow, 10,000 steps": found["digits-71-8192"]["canonical unit flow"],
                "canonical unit flow, units with places": found["digits-71-ablations"]["canonical unit flow"],
                "canonical flow, 10,000 steps": found["digits-71-ablations"]["canonical flow"],
@@ -186,10 +186,10 @@ def how_many() -> str:
     body = []
     for name, of in numbers.items():
         cells = [of.get(str(k)) for k in ks]
-        last = cells[-1]
-        body.append([name, *("" if c is None else f"{number(100 * c['score'], 1)} at {number(c['distance'], 2)}" for c in cells),
+        last, three = cells[-1], found["digits-71-seeds"].get(name, {}).get(str(ks[-1]))
+        body.append([name, *("" if c is None else f"{number(100 * c['score'], 1)} at {number(c['distance'], 2)}" for c in (*cells, three)),
                      *(["", "", ""] if last is None else [number(100 * last["np_0.75"], 0), number(last["z_u"], 1), number(last["spread"], 2)])])
-    return rows(["order, method", *(f"K = {k:,}" for k in ks), *(f"{what} at {ks[-1]:,}" for what in ("N&P", "Z_U", "spread"))], body)
+    return rows(["order, method", *(f"K = {k:,}" for k in ks), f"K = {ks[-1]:,}, three seeds", *(f"{what} at {ks[-1]:,}" for what in ("N&P", "Z_U", "spread"))], body)
 
 
 def fields(name: str) -> str:
