@@ -199,6 +199,8 @@ class Originals:
     def _judge_start(self) -> None:
         """Say how good the weights are that were given."""
         base = self.recipe.base
+        if getattr(self._initial, "new_head", False):
+            return  # nothing to say before it is trained
         if base.weights or (base.pretrained and not base.base_epochs):  # else random, or about to get a head
             self._judge(self._start, self._initial, f"weights {base.weights!r}" if base.weights else f"published weights of {base.network}")
 

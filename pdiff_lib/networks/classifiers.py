@@ -165,7 +165,7 @@ _WIDTHS = re.compile(r"mlp(-[1-9]\d*)+")  # mlp-10, mlp-32-32: the hidden layers
 
 
 def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | None = None, pretrained: bool = False,
-           weights: str | Path | None = None, seed: int = 0) -> nn.Module:
+           weights: str | Path | None = None, seed: int = 0, new_head: bool = False) -> nn.Module:
     """Build the classifier called `name`, in train mode, on the CPU.
 
     Args:
@@ -177,8 +177,7 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
         image_size: side of the images in pixels; None: 64 for the minis, 32 for "hyperrep-cnn", 28 for "hyperrep-2464" and MLPs,
             timm's own default.
         pretrained: start from the weights that timm publishes for this model (ImageNet; downloaded when needed).
-        weights: safetensors file with a state dict that fits (see `weights.load`). Pickled files are refused: loading one
-            runs code.
+        weights: safetensors file with a state dict that fits; pickled files, which run code, are refused. `new_head`: see `weights.load`.
         seed: of the random initial weights; the global random state is neither read nor changed.
 
     Returns:
@@ -206,7 +205,7 @@ def create(name: str, num_classes: int, in_chans: int = 3, image_size: int | Non
         else:
             net = _create_timm(name, num_classes, in_chans, image_size, pretrained)
     if weights is not None:
-        load(net, Path(weights), name, num_classes)
+        load(net, Path(weights), name, num_classes, new_head)
     return net
 
 

@@ -24,13 +24,16 @@ SHOWN = 3  # names in a message
 HOLDERS = ("state_dict", "model", "net", "model_state_dict")  # under which trainers keep a state dict among other things
 
 
-def load(net: nn.Module, path: Path, name: str, classes: int) -> None:
-    """Load a file's weights (`fitting`) into a network, in place; raises what `fitting` raises."""
-    net.load_state_dict(fitting(path, net.state_dict(), name, classes), strict=True)
+def load(net: nn.Module, path: Path, name: str, classes: int, new_head: bool = False) -> None:
+    """Load a file's weights into a network, in place; arguments and errors as `fitting`. Its attribute `new_head` says whether it kept its own."""
+    own = net.state_dict()
+    found = fitting(path, own, name, classes, new_head=new_head)
+    net.load_state_dict(found, strict=True)
+    net.new_head = any(found.get(k) is tensor for k, tensor in own.items())
 
 
 def fitting(path: Path, expected: Mapping[str, Tensor], name: str, classes: int | None = None,
-            needed: Collection[str] | None = None) -> dict[str, Tensor]:
+            needed: Collection[str] | None = None, new_head: bool = False) -> dict[str, Tensor]:
     """A file's tensors under the network's own names. What all names begin with beyond those ("module." of data parallelism,
     "model." of a trainer), and `torch.compile`'s marks, are taken off.
 
@@ -39,6 +42,7 @@ def fitting(path: Path, expected: Mapping[str, Tensor], name: str, classes: int 
         expected: the network's state dict, for names, shapes and types.
         name, classes: of the network, for messages; None: unknown.
         needed: the names that must be there; None: all, except counts of batches, which torch adds by itself.
+        new_head: where all fits but the layer of the classes, of which there is another number, the network's own is taken, and said so.
 
     Raises:
         ValueError: what `read` refuses, weights of another network, integers (or floats of 8 bits) where floats belong; the
@@ -46,6 +50,9 @@ def fitting(path: Path, expected: Mapping[str, Tensor], name: str, classes: int 
     """
     needed = [k for k in expected if k in needed] if needed is not None else [k for k in expected if not k.endswith(COUNT)]
     state = _unwrapped(read(path), expected, needed)
+    if new_head and (head := _head(state, expected, needed, classes)):
+        print(f"weights {path.name!r} are for {len(state[head[0]])} classes: {some(head)} start anew, for {classes}")
+        state = {**state, **{k: expected[k] for k in head}}
     for key in expected:
         if expected[key].is_floating_point() and key in state and state[key].dtype not in FLOATS:
             raise ValueError(f"weights {str(path)!r}: {key} holds numbers of type {state[key].dtype}: expected floats of 16, "
@@ -159,6 +166,14 @@ def _unwrapped(state: dict[str, Tensor], expected: Mapping[str, Tensor], needed:
     return dict(zip(names, state.values())) if fits(names) and len(set(names)) == len(names) else state
 
 
+def _head(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], needed: Collection[str], classes: int | None) -> list[str]:
+    """The tensors that have a row per class, where these are all that do not fit; none otherwise."""
+    other = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    fits = all(k in state for k in needed) and all(k in expected for k in state)
+    same = {expected[k].shape[:1] for k in other} == {(classes,)} and len({state[k].shape[:1] for k in other}) == 1
+    return other if fits and same and all(state[k].shape[1:] == expected[k].shape[1:] for k in other) else []
+
+
 def _misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], needed: Collection[str], classes: int | None) -> str:
     """Why weights are another network's, the likely cause first; "" when they are not."""
     missing = [k for k in needed if k not in state]
@@ -173,8 +188,7 @@ def _misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], needed:
                 f"{some(others)}")
     if len(missing) + len(other) > len(needed) / 2:
         cause = "they are another network's"
-    elif not missing and not extra and {expected[k].shape[:1] for k in other} == {(classes,)} and len(
-            {state[k].shape[:1] for k in other}) == 1:
+    elif _head(state, expected, needed, classes):
         cause = f"they are for {state[other[0]].shape[0]} classes"
     else:
         cause = "not all of its tensors are the network's"

@@ -103,9 +103,9 @@ class Classification(Task):
         return torch.zeros(1, *self.shape)
 
     def network(self, base: recipe.Base) -> nn.Module:
-        """See `networks.create`."""
+        """See `networks.create`; weights for other classes are taken without their head where a training follows."""
         return networks.create(base.network, self.images.num_classes, self.images.channels, self.images.size, base.pretrained,
-                               base.weights or None, seed=base.seed)
+                               base.weights or None, seed=base.seed, new_head=base.base_epochs > 0)
 
     def check(self, net: nn.Module) -> None:
         networks.check(net, self.shape)

@@ -124,6 +124,18 @@ def old(state):
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
+def test_weights_for_other_classes_are_taken_without_their_head_where_that_is_asked_for(tmp_path, capsys):
+    state = changed(tmp_path / "w", lambda s: None, classes=5)
+    net, own = networks.create("test_resnet", 10, weights=tmp_path / "w", seed=2, new_head=True), networks.create("test_resnet", 10, seed=2)
+    assert torch.equal(net.bn1.bias, state["bn1.bias"]) and torch.equal(net.layer1[0].conv1.weight, state["layer1.0.conv1.weight"]) and torch.equal(net.fc.weight, own.fc.weight) and net.new_head
+    assert "are for 5 classes: fc.weight, fc.bias start anew, for 10" in capsys.readouterr().out
+    assert not networks.create("test_resnet", 5, weights=tmp_path / "w", new_head=True).new_head and capsys.readouterr().out == ""
+    changed(tmp_path / "w", lambda s: {**s, "layer1.0.conv1.weight": s["layer1.0.conv1.weight"][:, :1].clone()}, classes=5)
+    with pytest.raises(ValueError, match="not all of its tensors are the network's"):
+        networks.create("test_resnet", 10, weights=tmp_path / "w", new_head=True)
+
+
+
 def test_weights_without_counts_of_batches_are_taken(tmp_path):
     changed(tmp_path / "w", old)
     assert networks.create("test_resnet", 10, weights=tmp_path / "w").bn1.num_batches_tracked == 0
