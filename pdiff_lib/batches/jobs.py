@@ -19,6 +19,7 @@ from pdiff_lib.batches import cells
 from pdiff_lib.batches.cells import code as code, defaults as defaults
 
 NOTEBOOKS = storage.PROJECT / "notebooks"
+PICKED = "Recipe.pick(globals())"  # how a notebook makes a recipe of its variables
 
 
 class Died(RuntimeError):
@@ -69,16 +70,17 @@ def find(notebook: str) -> Path:
 
 
 def check(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of a run: the notebook's own, with the given ones in their place.
+    """All parameters of a run: the notebook's own, with the given ones in their place. Of a notebook that picks its recipe among its variables,
+    every setting is a parameter, also one that its parameters cell does not name.
 
     Raises:
-        ValueError: a name that the parameters cell does not have, a value of another type or out of range.
+        ValueError: an unknown name, a value of another type or out of range.
     """
-    values = defaults(notebook)
+    values, settings = defaults(notebook), recipe.names()
+    picked = settings if any(PICKED in source for source in code(notebook)) else {}
     for name in given:
-        if name not in values:
-            raise ValueError(recipe.unknown(f"parameter of {notebook.stem}", name, values))
-    settings = recipe.names()
+        if name not in values and name not in picked:
+            raise ValueError(recipe.unknown(f"parameter of {notebook.stem}", name, {**values, **picked}))
     for name, value in given.items():
         value = parameters.plain(name, value)
         values[name] = value if name in settings else _fitting(name, values[name], value)

@@ -99,6 +99,16 @@ def test_given_values_take_the_place_of_the_defaults(tiny):
     assert type(values["zoo_lr"]) is float and type(values["loops"][0]) is float
 
 
+def test_every_setting_is_a_parameter_of_a_notebook_that_picks_its_recipe(unchecked):
+    notebook = jobs.find("00")
+    assert "input_mean" not in jobs.defaults(notebook)
+    assert jobs.check(notebook, {"input_mean": [0.5], "weights": "w"}) == {**jobs.defaults(notebook), "input_mean": [0.5], "weights": "w"}
+    with pytest.raises(ValueError, match="input_mean is 2.0: expected at least 0.0 and at most 1.0"):
+        jobs.check(notebook, {"input_mean": [2.0]})
+    with pytest.raises(ValueError, match="unknown parameter of 00_quickstart 'input_men': did you mean 'input_mean'"):
+        jobs.check(notebook, {"input_men": [0.5]})
+
+
 BAD = [
     ({"k_checkpoint": 7}, "unknown parameter of tiny 'k_checkpoint': did you mean 'k_checkpoints'?"),
     ({"samples": 7}, "unknown parameter of tiny 'samples'"),  # a setting that this notebook does not have
