@@ -213,6 +213,16 @@ def seen() -> str:
     return rows(["network: score (%)", "method", "mean", "best", "mean beyond the originals'", "max similarity"], body)
 
 
+def made() -> str:
+    """The record of B4c_image_generation: images that networks of each method make of the same noises."""
+    numbers = records()["mnist-b4c"]["numbers"]
+    body = [[NAMES.get(method, method), *(number(m[key], 2) for key in ("mean", "best")), number(m["gain"], 2, sign=True), number(numbers["KID"][method], 3),
+             number(m["max_similarity"], 4)] for method, m in numbers["methods"].items()]
+    real = numbers["real"]
+    body.append(["real training images", number(real["distance"], 2), "", "", number(real["KID"], 3), ""])
+    return rows(["images of", "Frechet distance, mean", "best", "mean beyond the originals'", "KID", "max similarity"], body)
+
+
 def front() -> str:
     """The root README's table: mean accuracies of the main runs."""
     def line(name: str, what: str, seeds: int, methods: dict[str, dict[str, float]]) -> list[Any]:
@@ -252,7 +262,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in CELLS}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
     "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "bodies-63", "chairs-63")},
-    "seen": seen, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
+    "seen": seen, "made": made, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pdiff_lib.base import inputs, storage
+from pdiff_lib.base.extras import extra
 from pdiff_lib.batches import jobs
 
 RETRIES = 3  # when a worker or a node dies
@@ -29,10 +30,7 @@ def make(todo: Sequence[jobs.Job], address: str, cpus: int, gpus: float, force: 
     Raises:
         ValueError: Ray is not installed, or the cluster cannot be reached.
     """
-    try:
-        import ray
-    except ImportError as e:
-        raise ValueError("--ray needs Ray: pip install 'pdiff-lib[cluster]'") from e
+    ray = extra("ray", "Ray", "--ray needs", "cluster")
     own = {k: os.environ[k] for k in ("PDIFF_STORAGE", "PDIFF_DATA", "PDIFF_RUNS") if k in os.environ}
     if "PDIFF_STORAGE" not in own:
         own["PDIFF_RUNS"] = str(storage.root().resolve())  # without a storage, a folder that all nodes see

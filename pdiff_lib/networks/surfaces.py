@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-EXTRA = "expected the extra, pip install 'pdiff-lib[shapes]'"
+from pdiff_lib.base.extras import extra
+
 LIGHT = (-0.4, 0.6, 0.7)  # towards it: to the left, above, before the body
 
 
@@ -20,11 +21,7 @@ def trimesh() -> ModuleType:
     Raises:
         ValueError: it is not installed.
     """
-    try:
-        import trimesh  # here, as it is an extra
-    except ImportError as error:
-        raise ValueError(f"meshes are read and written by trimesh, which is not installed: {EXTRA}") from error
-    return trimesh
+    return extra("trimesh", "trimesh", "meshes are read and written by", "shapes")
 
 
 def marching_cubes(values: Float[Tensor, "s s s"], level: float) -> tuple[Float[Tensor, "V 3"], Int64[Tensor, "F 3"]]:
@@ -42,10 +39,7 @@ def marching_cubes(values: Float[Tensor, "s s s"], level: float) -> tuple[Float[
 
     Source: Lewiner et al. 2003, by scikit-image.
     """
-    try:
-        from skimage import measure  # here, as it is an extra
-    except ImportError as error:
-        raise ValueError(f"surfaces are found by scikit-image, which is not installed: {EXTRA}") from error
+    measure = extra("skimage.measure", "scikit-image", "surfaces are found by", "shapes")
     if not torch.isfinite(values).all():
         raise ValueError(f"values {list(values.shape)}, {int((~torch.isfinite(values)).sum())} of them not finite: expected finite ones "
                          "[s, s, s]")

@@ -17,9 +17,8 @@ AT_ONCE = 512  # images
 
 
 class Classifier(nn.Module):
-    """Two convolutions and two linear layers; features are what the first of these gives, standardised
-    over the training images. Initial weights are always the same, and it works on the
-    CPU, so that all devices judge alike.
+    """Two convolutions and two linear layers; features are what the first of these gives, standardised over the training images. Initial weights
+    are always the same, and it works on the CPU, so that all devices judge alike.
 
     Args:
         shape: (C, s, s) of the images.
@@ -90,11 +89,12 @@ def kid(sets: Float[Tensor, "M N F"], real: Float[Tensor, "R F"]) -> Float64[Ten
     Source: Binkowski et al. 2018, Section 4 (KID, there with Inception's features).
     """
     _check(sets, real)
-    given, real = sets.double(), real.double()
+    finite = torch.isfinite(sets).flatten(1).all(dim=1)
+    given, real = sets.double().where(finite[:, None, None], 0.0), real.double()
     n, r = given.shape[1], len(real)
     own, theirs = _kernel(given, given), _kernel(real, real)
     own = (own.sum(dim=(1, 2)) - own.diagonal(dim1=1, dim2=2).sum(dim=1)) / (n * (n - 1))
-    return own + (theirs.sum() - theirs.trace()) / (r * (r - 1)) - 2 * _kernel(given, real).mean(dim=(1, 2))
+    return (own + (theirs.sum() - theirs.trace()) / (r * (r - 1)) - 2 * _kernel(given, real).mean(dim=(1, 2))).where(finite, torch.nan)
 
 
 def _check(sets: Tensor, real: Tensor) -> None:

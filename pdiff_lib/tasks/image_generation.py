@@ -182,7 +182,8 @@ class ImageGeneration(Task):
         if self._store is None:
             compute(None)
         else:
-            made.load_state_dict(self._store.stage("image classifier", {"images": self.training_digest}, compute, code=(features, order, training)))
+            key = {"images": self.training_digest, "classes": len(self.classes)}
+            made.load_state_dict(self._store.stage("image classifier", key, compute, code=(features, order, training)))
         return made.eval()
 
     @cached_property

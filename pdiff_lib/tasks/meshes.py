@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pdiff_lib.base import inputs, recipe, training
+from pdiff_lib.base.extras import extra
 from pdiff_lib.base.runs import Store
 from pdiff_lib.networks import surfaces
 
@@ -139,9 +140,6 @@ def winding(vertices: Float[Tensor, "V 3"], faces: Int64[Tensor, "F 3"], points:
 
     Source: Barill et al. 2018, fast winding numbers, by libigl.
     """
-    try:
-        import igl  # here, as it is an extra
-    except ImportError as error:
-        raise ValueError(f"winding numbers are computed by libigl, which is not installed: {surfaces.EXTRA}") from error
+    igl = extra("igl", "libigl", "winding numbers are computed by", "shapes")
     found = igl.fast_winding_number(vertices.double().numpy(), faces.numpy(), points.double().numpy())
     return torch.from_numpy(np.asarray(found, dtype=np.float64).reshape(-1))
