@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from pdiff_lib.base.storage import PROJECT
@@ -66,6 +67,20 @@ def _put(content: Any, place: str, value: float | None) -> None:
     for key in above:
         content = content[int(key) if isinstance(content, list) else key]
     content[int(last) if isinstance(content, list) else last] = value
+
+
+def without_folders(text: str, settings: Mapping[str, Any]) -> str:
+    """A text about a run without the folders that its files lay in, which mean nothing on another machine: their names stay (what they held is in the
+    record's `inputs`). Also as plotly writes a slash in HTML.
+
+    >>> without_folders('"/home/me/birds", \\u002fhome\\u002fme\\u002fbirds', {"dataset": "/home/me/birds", "seed": 0})
+    '"birds", birds'
+    """
+    given = [part.strip() for value in re.findall(r'"([^"]*/[^"]*)"', json.dumps(settings, default=float)) for part in value.split(",")]
+    folders = {f"{path.parent}/" for path in map(PurePath, given) if path.is_absolute() and path.parent != path.parent.parent}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(folder, "").replace(folder.replace("/", "\\u002f"), "")
+    return text
 
 
 def present_commit() -> str:

@@ -135,16 +135,22 @@ def data():
 def publish(folder: Annotated[Path, typer.Argument(help="runs/NOTEBOOK/<digest>")],
             name: Annotated[str, typer.Argument(help="id of the experiment, such as cifar10-resnet18")],
             to: Annotated[Path, typer.Option(help="where figures are kept")] = jobs.NOTEBOOKS.parent / "figures"):
-    """Copy a run's figures, numbers and record to figures/<id>-*.{svg,html,csv,json,webp}, if a commit holds the code of it."""
+    """Copy a run's figures, numbers and record to figures/<id>-*.{svg,html,csv,json,webp}, if a commit holds the code of it. Of files that it was
+    given, names are kept and folders are not."""
     if not (folder / "record.json").is_file():
         raise ValueError(f"{folder} holds no record.json: expected the folder of a complete run")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"name {name!r}: expected letters, digits, '.', '_' and '-', as files will begin with it")
-    records.check_commit(str(records.loads((folder / "record.json").read_text()).get("commit", "unknown")))
+    record = records.loads((folder / "record.json").read_text())
+    records.check_commit(str(record.get("commit", "unknown")))
     to.mkdir(exist_ok=True)
     for source in sorted(folder.iterdir()):
-        if source.suffix in (".svg", ".html", ".csv", ".json", ".webp"):
-            print(shutil.copy(source, to / f"{name}-{source.name}"))
+        there = to / f"{name}-{source.name}"
+        if source.suffix in (".svg", ".html", ".csv", ".json"):
+            there.write_text(records.without_folders(source.read_text(encoding="utf-8"), record.get("settings", {})), encoding="utf-8")
+            print(there)
+        elif source.suffix == ".webp":
+            print(shutil.copy(source, there))
 
 
 def _joined(arguments: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from pdiff_lib.base import parameters, recipe, score as scores, storage
-from pdiff_lib.base.records import digest, dumps, loads
+from pdiff_lib.base.records import digest, dumps, loads, without_folders
 from pdiff_lib.base.storage import PROJECT
 from pdiff_lib.batches import jobs, sweep
 
@@ -87,7 +87,7 @@ def records(notebook: str = "") -> list[dict[str, Any]]:
             s = content["settings"]
             parts = (s.get("network"), recipe.short(s.get("dataset", "")), f"{s['image_size']} px" if "image_size" in s else None)
             scale = content["numbers"].get("scale") or ", ".join(p for p in parts if p)
-            same = digest(json.loads(dumps({"settings": s, "numbers": content["numbers"]})))
+            same = digest(json.loads(without_folders(dumps({"settings": s, "numbers": content["numbers"]}), s)))
             found.setdefault((content["notebook"], same), {**content, "where": str(file), "scale": scale})
     return list(found.values())
 

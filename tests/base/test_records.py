@@ -160,6 +160,13 @@ def test_publish_takes_a_commit_of_the_history(tmp_path, history, monkeypatch):
         (run / "record.json").write_text(json.dumps({"commit": commit}))
         cli.publish(run, f"x{n}", to)
     assert sorted(p.name for p in to.iterdir()) == ["x0-record.json", "x1-record.json", "x2-record.json"]
+    own = {"commit": "v1", "settings": {"dataset": "/home/me/my birds,/home/me/b-test.parquet", "rows": {"a": {"weights": "/data/w.pt"}}, "subset": "a/*"}}
+    (run / "record.json").write_text(json.dumps(own))
+    (run / "a.svg").write_text("<text>/home/me/my birds</text>")
+    cli.publish(run, "y", to)
+    assert json.loads((to / "y-record.json").read_text())["settings"] == {"dataset": "my birds,b-test.parquet", "rows": {"a": {"weights": "w.pt"}},
+                                                                          "subset": "a/*"}
+    assert (to / "y-a.svg").read_text() == "<text>my birds</text>"
     for name in ("../x", "a/b", "", "/tmp/x", ".x", "a b"):
         with pytest.raises(ValueError, match="as files will begin with it"):
             cli.publish(run, name, to)

@@ -37,3 +37,9 @@ def test_a_run_that_was_published_counts_once(folder):
     leave(folder, committed["notebook"], "again", committed["numbers"], **committed["settings"])
     assert len(results.records()) == len({r["where"] for r in results.records()})
     assert not any("again" in r["where"] for r in results.records())
+
+
+def test_a_run_counts_once_too_where_its_record_lost_its_folders(folder):
+    leave(folder, "x", "1", {"a": 1}, dataset="/home/me/birds")
+    leave(folder, "x", "2", {"a": 1}, dataset="birds")
+    assert len(results.records("x")) == 1
