@@ -179,6 +179,7 @@ def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
     from nbclient.exceptions import DeadKernelError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its parser takes a "=" in a comment for an unknown parameter
+    logging.getLogger("tornado.general").setLevel(logging.CRITICAL)  # a kernel's message while it is ended: a cell's error is said below
     kept = "stages that were complete are kept, and the next run goes on from there"
     before = os.environ.get("PDIFF_RUN_DIR")
     os.environ["PDIFF_RUN_DIR"] = str(job.folder.resolve())

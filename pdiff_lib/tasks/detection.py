@@ -21,6 +21,7 @@ from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import annotations, order, scenes, shared
 from pdiff_lib.tasks.scenes import NOTHING
+from pdiff_lib.tasks.squares import OnSquares
 from pdiff_lib.tasks.task import Judged, Predictor, Task
 
 FOUND = 0.5  # IoU and score from which an object counts as found
@@ -29,7 +30,7 @@ MOST = 100  # detections of an image, of a detector that does not say
 SLICE = 16  # networks whose detections are compared with all objects at once
 
 
-class Detection(Task):
+class Detection(OnSquares):
     """Boxes and classes of the objects in scenes.
 
     The score is COCO's AP (mean over classes and over ten thresholds of IoU from .5 to .95, at 101 recalls; objects of all sizes; as many
@@ -53,15 +54,11 @@ class Detection(Task):
     def __init__(self, data: recipe.Data):
         annotations.coco()  # or it is not there
         self.scenes = scenes.load(data.dataset, data.image_size, data.train_images, data.test_images, data.data_seed)
-        self.name = recipe.short(data.dataset)
+        self.name, self.shape = recipe.short(data.dataset), (3, self.scenes.size, self.scenes.size)
         self.x_train, self.y_train, self.x_test, self.y_test = (getattr(self.scenes, name) for name in ("x_train", "y_train", "x_test", "y_test"))
         self._counted = (self.y_test[..., 4] != NOTHING) & (self.y_test[..., 5] == 0)
         if not self._counted.any():
             raise ValueError(f"{self.name}: no object in {len(self.y_test)} test images: expected some")
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} at {self.scenes.size} px"
 
     @property
     def code(self) -> tuple[Any, ...]:
@@ -71,14 +68,9 @@ class Detection(Task):
     def judging(self) -> tuple[Any, ...]:
         return Detection._over, Detection._of_classes, detectors, capture, shared
 
-    @property
-    def example(self) -> Float[Tensor, "1 3 s s"]:
-        return torch.zeros(1, 3, self.scenes.size, self.scenes.size)
-
     def network(self, base: recipe.Base) -> nn.Module:
         """See `detectors.create`."""
-        if base.crop_scale != 1:
-            raise ValueError(f"crop_scale is {base.crop_scale}: expected 1.0 with task 'detection', whose images are mirrored (flip) at most")
+        self.uncropped(base)
         with training.seeded(base.seed):
             return detectors.create(base.network, self.scenes.classes, self.scenes.size, pretrained=base.pretrained, weights=base.weights)
 

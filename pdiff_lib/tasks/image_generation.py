@@ -22,13 +22,14 @@ from pdiff_lib.networks.modes import evaluating
 from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import data as sets, features, order
 from pdiff_lib.tasks.features import FEATURES, frechet, kid
+from pdiff_lib.tasks.squares import OnSquares
 from pdiff_lib.tasks.task import Judged, Predictor, Task
 
 T = 1000  # steps of the diffusion; beta from 1e-4 to 2e-2, linear (DDPM's)
 AT_ONCE = 256  # images that are denoised together, of one network or of several
 
 
-class ImageGeneration(Task):
+class ImageGeneration(OnSquares):
     """Images of noise, as many as there are real test images to compare them with; the same noise for every network.
 
     The score is the **Frechet distance** between both, on 32 features of a small classifier that is trained here, on the same training images.
@@ -69,10 +70,6 @@ class ImageGeneration(Task):
         self.x_test = torch.randn(len(self.y_test), *self.shape, generator=torch.Generator().manual_seed(data.data_seed))
 
     @property
-    def title(self) -> str:
-        return f"{self.name} at {self.shape[1]} px"
-
-    @property
     def code(self) -> tuple[Any, ...]:
         return ImageGeneration.loss, ImageGeneration.prepared, ImageGeneration.criterion, scheduler, denoisers, Task.batches, order, training
 
@@ -86,14 +83,9 @@ class ImageGeneration(Task):
 
     def network(self, base: recipe.Base) -> nn.Module:
         """See `denoisers.create`."""
-        if base.crop_scale != 1:
-            raise ValueError(f"crop_scale is {base.crop_scale}: expected 1.0 with task 'image_generation', whose images are mirrored (flip) at most")
+        self.uncropped(base)
         with training.seeded(base.seed):
             return denoisers.create(base.network, *self.shape[:2], base.pretrained, base.weights)
-
-    @property
-    def example(self) -> Float[Tensor, "1 C s s"]:
-        return torch.zeros(1, *self.shape)
 
     def check(self, net: nn.Module) -> None:
         x = self.example.to(next(net.parameters()).device)

@@ -20,6 +20,7 @@ from pdiff_lib.networks.subset import Subset
 from pdiff_lib.tasks import order, scenes, shared
 from pdiff_lib.tasks.evaluate import NO_CLASS
 from pdiff_lib.tasks.scenes import NOT_COUNTED
+from pdiff_lib.tasks.squares import OnSquares
 from pdiff_lib.tasks.task import Judged, Predictor, Task
 
 PIXELS = 20_000  # of the test images, by which wrong predictions are compared
@@ -27,7 +28,7 @@ AT_ONCE = 64  # images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision's segmenters, for pixels from 0 to 1
 
 
-class Segmentation(Task):
+class Segmentation(OnSquares):
     """The class of every pixel of scenes, the background being one of C.
 
     The score is the mean over the classes that the test images hold (background included) of IoU, each over the pixels of all test images
@@ -50,7 +51,7 @@ class Segmentation(Task):
 
     def __init__(self, data: recipe.Data):
         self.scenes = scenes.load(data.dataset, data.image_size, data.train_images, data.test_images, data.data_seed)
-        self.name = recipe.short(data.dataset)
+        self.name, self.shape = recipe.short(data.dataset), (3, self.scenes.size, self.scenes.size)
         self.x_train, self.y_train, self.x_test, self.y_test = (
             self.scenes.x_train, self.scenes.masks_train, self.scenes.x_test, self.scenes.masks_test)
         if not all(masks.numel() for masks in (self.y_train, self.y_test)):
@@ -60,10 +61,6 @@ class Segmentation(Task):
         self._statistics = tuple(torch.tensor(values)[:, None, None] for values in (MEAN, STD))
 
     @property
-    def title(self) -> str:
-        return f"{self.name} at {self.scenes.size} px"
-
-    @property
     def code(self) -> tuple[Any, ...]:
         return Segmentation, scenes.mirrored, detectors, Task.batches, order, training
 
@@ -71,18 +68,13 @@ class Segmentation(Task):
     def judging(self) -> tuple[Any, ...]:
         return Segmentation, _drawn, detectors, capture, shared
 
-    @property
-    def example(self) -> Float[Tensor, "1 3 s s"]:
-        return torch.zeros(1, 3, self.scenes.size, self.scenes.size)
-
     def prepared(self, items: UInt8[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
         mean, std = (value.to(items.device) for value in self._statistics)
         return (items.float() / 255 - mean) / std
 
     def network(self, base: recipe.Base) -> nn.Module:
         """See `detectors.create`."""
-        if base.crop_scale != 1:
-            raise ValueError(f"crop_scale is {base.crop_scale}: expected 1.0 with task 'segmentation', whose images are mirrored (flip) at most")
+        self.uncropped(base)
         with training.seeded(base.seed):
             return detectors.create(base.network, self.scenes.classes, self.scenes.size, segment=True, pretrained=base.pretrained,
                                     weights=base.weights)

@@ -152,7 +152,7 @@ def test_steps_and_images_count_in_what_predictions_are_kept_by():
 @pytest.mark.parametrize("settings, told", [
     ({"dataset": "scenes", "image_size": 16, "train_images": 4}, "several objects in an image"),
     ({"test_images": 1}, "test_images is 1: expected at least 2"),
-    ({"crop_scale": 0.5}, "crop_scale is 0.5: expected 1.0"),
+    ({"crop_scale": 0.5}, "crop_scale is 0.5: expected 1.0 with ImageGeneration"),
     ({"network": "resnet18"}, "network 'resnet18': expected 'unet-32-64'"),
     ({"image_size": 10, "network": "unet-8-16-32"}, "10 pixels a side"),
     ({"image_steps": 0}, "image_steps is 0"),
