@@ -242,7 +242,10 @@ def test_the_quickstart_from_end_to_end(tmp_path):
     {"base_optimizer": "adam", "zoo_optimizer": "sgd", "zoo_lr": 0.001, "flip": True},
     {"subset": "all", "network": "hyperrep-cnn", "zoo_mode": "independent", "alignment": "reference", "permutations": 2},
     {"subset": "all", "network": "hyperrep-cnn", "alignment": "reference", "zoo_optimizer": "adam"},
-    {"subset": "fc.*", "base_optimizer": "sgd", "base_lr": 0.01, "image_channels": 3}],
+    {"subset": "fc.*", "base_optimizer": "sgd", "base_lr": 0.01, "image_channels": 3},
+    {"task": "image_generation", "network": "unet-8-16", "subset": "unet.conv_out.*", "image_size": 8, "image_steps": 3, "crop_scale": 1.0, "flip": True},
+    {"task": "detection", "dataset": "scenes", "network": "fcos-mini", "subset": "head.*.conv.4.*", "image_size": 48, "train_images": 8, "test_images": 4,
+     "base_batch": 4, "zoo_batch": 4, "crop_scale": 1.0}],
     ids=lambda settings: ", ".join(map(str, settings.values())))
 def test_settings_that_change_the_path(settings):
     def work(device):

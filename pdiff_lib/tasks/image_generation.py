@@ -126,7 +126,7 @@ class ImageGeneration(OnSquares):
     @torch.no_grad()
     def made(self, net: nn.Module, sub: Subset, theta: Float[vectors.Array, "M D"], noises: Float[Tensor, "n C s s"],
              device: torch.device, progress: bool = False, steps: int | None = None) -> Float[Tensor, "M n C s s"]:
-        """The images that the networks of some vectors make of any noises, about -1 to 1, on the CPU.
+        """The images that the networks of some vectors make of any noises, about -1 to 1, on the CPU; `net` is on the device.
 
         Where the vectors hold the module that gives the network's output (the paper's: the last convolution), what is before it is the same network
         for all: in the first step, where all have the same noise before them, it runs once for all vectors; later, when their images differ,
@@ -160,7 +160,7 @@ class ImageGeneration(OnSquares):
         return of
 
     def rehearse(self, net: nn.Module, sub: Subset, device: torch.device) -> None:
-        self.made(net, sub, sub.flatten(net).expand(2, -1), self.x_test[:2], device, steps=1)
+        self.made(networks.copied(net).to(device), sub, sub.flatten(net).expand(2, -1), self.x_test[:2], device, steps=1)
 
     @cached_property
     def classifier(self) -> features.Classifier:

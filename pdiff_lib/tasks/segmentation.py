@@ -85,15 +85,17 @@ class Segmentation(OnSquares):
 
     def loss(self, net: nn.Module, batch: int, base: recipe.Base, device: torch.device,
              stream: str) -> tuple[Callable[[int], Tensor], int]:
-        """As of any task; images are mirrored at random where `base.flip`."""
+        """As of any task; images are mirrored at random where `base.flip`. What a segmenter drops at random comes from the step."""
         batch_of, per_epoch = self.batches([base.seed], batch, base, device, stream)
         channels = self._channels(net).to(device)
 
         def loss_at(i: int) -> Tensor:
             (x,), (y,) = batch_of(i, slice(0, 1))
+            seed = training.seed_for(base.seed, stream, i)
             if base.flip:
-                x, y = scenes.mirrored(training.seed_for(base.seed, stream, i), x, y)
-            return self.criterion(scores_of(net(self.prepared(x)))[:, channels], y)
+                x, y = scenes.mirrored(seed, x, y)
+            with training.seeded(seed):  # of dropout
+                return self.criterion(scores_of(net(self.prepared(x)))[:, channels], y)
 
         return loss_at, per_epoch
 

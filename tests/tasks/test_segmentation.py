@@ -102,3 +102,15 @@ def test_boxes_alone_and_wrong_networks_are_refused(tmp_path):
         Experiment(Recipe.of(**SETTINGS | {"network": "fcos-mini"}), Store(tmp_path), device="cpu", progress=False)
     with pytest.raises(ValueError, match="crop_scale is 0.2"):
         Experiment(Recipe.of(**SETTINGS | {"crop_scale": 0.2}), Store(tmp_path), device="cpu", progress=False)
+
+
+def test_what_is_dropped_in_training_comes_from_the_step_alone():
+    recipe = Recipe.of(**SETTINGS)
+    judge = task.of(recipe.data)
+    net = judge.network(recipe.base).train()
+    assert any(isinstance(m, torch.nn.Dropout) for m in net.modules())
+    loss_at, _ = judge.loss(net, 8, recipe.base, torch.device("cpu"), "train")
+    with torch.no_grad():
+        first = [loss_at(i) for i in (0, 1)]
+        torch.rand(5)
+        assert [loss_at(i) for i in (1, 0)] == first[::-1] and first[0] != first[1]
