@@ -27,8 +27,8 @@ class Picked(NamedTuple):
 
     Attributes:
         table: a row per network, best first: `file`, `candidate` (its index among all), its score on the half that it was picked on
-            (of classifiers `accuracy_to_pick`), and on the other half its score (`accuracy`), `max_similarity` (Eq. 7) and `nearest`
-            (index of that original); `nearest_file`, where the originals are files.
+            (of classifiers `accuracy_to_pick`), and on the other half its score (`accuracy`), `max_similarity` (Eq. 7, or the task's
+            `alike`) and `nearest` (index of that original); `nearest_file`, where the originals are files.
         others: numbers to compare with, on the other half: of all candidates and of the originals.
     """
 
@@ -73,8 +73,9 @@ def pick(e: Experiment, n: int) -> Picked:
     best = (sign * to_pick).nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)[:n]
     table = pd.DataFrame({"file": [f"generated-{i:03d}.safetensors" for i in range(n)], "candidate": best.numpy(),
                           f"{score.column}_to_pick": to_pick[best].numpy(), score.column: found.score[best].numpy()})
-    if found.wrong is not None:
-        value, nearest = similarity.nearest(found.wrong, own.wrong)
+    pairs = e.task.alike(outputs[:, there], originals[:, there]) if found.wrong is None else similarity.iou(found.wrong, own.wrong)
+    if pairs is not None:
+        value, nearest = similarity.highest(pairs)
         table = table.assign(max_similarity=value[best].numpy(), nearest=nearest[best].numpy())
         if e.files:
             table["nearest_file"] = [str(e.files[i]) for i in table.nearest]
@@ -164,6 +165,7 @@ def card(e: Experiment, found: Picked) -> str:
              "tags": ["p-diff", "weight-generation", *["timm"] * timm], "metrics": [score.name],
              "model-index": [{"name": name, "results": [result]}]}
     originals = f"{e.k} checkpoints of the user's own, the last {e.files[-1].name}" if e.files else f"{e.k} checkpoints of this recipe"
+    alike = "intersection over union of wrong predictions (Eq. 7); 1 makes the same mistakes" if score.similarity == "IoU" else score.similarity
     rows = [f"| these {len(t)}, mean | {t[score.column].mean():.4f} |", f"| all {o['candidates']} generated, mean | {o['candidates_mean']:.4f} |",
             f"| the {o['originals']} originals, mean | {o['originals_mean']:.4f} |", f"| the best original | {o['originals_best']:.4f} |"]
     shown = t.drop(columns="nearest_file", errors="ignore").round(4)
@@ -180,9 +182,8 @@ def card(e: Experiment, found: Picked) -> str:
         "## Evaluation", "",
         f"The best {len(t)} of {o['candidates']} generated networks, picked by their {score.name} on {o['items_to_pick']} test items of {dataset}; all "
         f"other numbers are measured on the other {o['items']} test items, which picked nothing.", "",
-        f"| | {score.name} |", "|---|---|", *rows, "",
-        "`max_similarity`: intersection over union of wrong predictions with the most similar original (Eq. 7); 1 makes the same mistakes.",
-        "", *each, "",
+        f"| | {score.name}{', lower is better' * (score.better == 'lower')} |", "|---|---|", *rows, "",
+        *([f"`max_similarity`, to the most similar original: {alike}.", ""] if "max_similarity" in t else []), *each, "",
         "## Limitations", "",
         "Networks of this kind are often no better, and no more novel, than averages or noisy copies of their originals",
         "([arXiv 2506.07998](https://arxiv.org/abs/2506.07998)): compare with the originals above, and with the baselines of the project.", ""])

@@ -146,3 +146,27 @@ def test_the_command(home, stages, monkeypatch, capsys):
         cli.main()
     assert not end.value.code and len(list((home / "cli").glob("*.safetensors"))) == 2
     assert "complete: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"task": "image_generation", "image_size": 8, "image_steps": 2, "test_images": 12, "network": "unet-8-16", "subset": "unet.conv_out.*"},
+     ("Frechet distance, lower is better", "correlation of the images made of the same noise")),
+    ({"task": "detection", "dataset": "scenes", "image_size": 48, "train_images": 8, "test_images": 8, "network": "fcos-mini",
+      "subset": "head.*.conv.4.*", "base_batch": 4, "zoo_batch": 4}, ("| | AP |", "intersection over union of wrong predictions"))],
+    ids=["images", "objects"])
+def test_networks_that_are_no_classifiers(home, stages, settings, said):
+    settings = {**SMALL, "crop_scale": 1.0, "base_epochs": 1, **settings}
+    (home / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    report = made(home, stages)
+    e = Experiment(Recipe.of(**settings), stages, DEVICE, False)
+    net, _ = e.task.network(e.recipe.base), report["files"]
+    for i, file in enumerate(report["files"]):
+        net.load_state_dict(load_file(home / "out" / file))
+        candidate = report["files"][file]["candidate"]
+        assert torch.equal(e.subset.flatten(net), e.theta(PDIFF)[candidate].cpu())
+    card = (home / "out" / "README.md").read_text()
+    assert all(text in card for text in said) and "generated-000.safetensors" in card
+    here, there = task.halves(e.predictions(PDIFF).shape[1])
+    scores = e.task.judged(e.predictions(PDIFF), items=here).score
+    best = scores.argsort(descending=e.task.score.better == "higher", stable=True)[:3].tolist()
+    assert [report["files"][f]["candidate"] for f in report["files"]] == best

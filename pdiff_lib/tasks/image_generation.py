@@ -194,7 +194,7 @@ class ImageGeneration(OnSquares):
         features = self.classifier.seen(self.prepared(self.x_train[pick]))[None]
         return frechet(features, self._real).item(), kid(features, self._real).item()
 
-    def images(self, outputs: Float[Tensor, "M N q"]) -> Float[Tensor, "M N C s s"]:
+    def pictures(self, outputs: Float[Tensor, "M N q"]) -> Float[Tensor, "M N C s s"]:
         """Of what `predictor` gives."""
         return outputs[..., FEATURES:].unflatten(2, self.shape)
 

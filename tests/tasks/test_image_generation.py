@@ -73,7 +73,7 @@ def test_training_learns_the_noise(walked):
 
 def test_scores_are_frechet_distances_to_the_real_images(walked):
     judge, outputs = walked.task, walked.predictions(ORIGINAL)
-    assert outputs.shape == (4, 24, features.FEATURES + 64) and judge.images(outputs).shape == (4, 24, 1, 8, 8)
+    assert outputs.shape == (4, 24, features.FEATURES + 64) and judge.pictures(outputs).shape == (4, 24, 1, 8, 8)
     real = judge.classifier.seen(judge.prepared(judge.y_test)).double().numpy()
     for items in (None, torch.tensor([1, 5, 7, 8])):
         scores = judge.judged(outputs, items=items).score
@@ -82,7 +82,7 @@ def test_scores_are_frechet_distances_to_the_real_images(walked):
             s, r = np.cov(own.T), np.cov(real.T)
             wanted = ((own.mean(0) - real.mean(0)) ** 2).sum() + np.trace(s + r - 2 * sqrtm(s @ r).real)
             assert scores[m].item() == pytest.approx(wanted, rel=1e-3)
-    assert torch.allclose(outputs[..., :features.FEATURES], torch.stack([judge.classifier.seen(x) for x in judge.images(outputs)]))
+    assert torch.allclose(outputs[..., :features.FEATURES], torch.stack([judge.classifier.seen(x) for x in judge.pictures(outputs)]))
 
 
 def test_frechet_is_what_gaussians_say_and_kid_its_definition():
@@ -111,7 +111,7 @@ def test_real_images_are_near_and_the_classifier_is_good(walked):
 
 def test_likeness_is_the_correlation_of_images_from_the_same_noise(walked):
     judge, outputs = walked.task, walked.predictions(ORIGINAL).clone()
-    x = judge.images(outputs).flatten(2)
+    x = judge.pictures(outputs).flatten(2)
     pairs = judge.alike(outputs, outputs)
     wanted = np.array([[np.mean([np.corrcoef(a[i], b[i])[0, 1] for i in range(24)]) for b in x.numpy()] for a in x.numpy()])
     assert np.allclose(pairs.numpy(), wanted, atol=1e-4)
