@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 FILES = (HERE / "README.md", HERE.parent / "README.md")
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.S)
 CELLS = ("digits-resnet18", "cifar10-resnet18", "mnist-hyperrep-cnn", "cifar10-convnet-mini")  # the quickstart's runs
+PRETRAINED = "cifar10-efficientnet"
 MINIS = ("mlp", "convnet", "resnet", "convnext", "vit")
 GAUSSIAN, CENTRED = "gaussian", "p-diff, centred"
 NAMES = {"gaussian": "Gaussian", "p-diff, PCA": "p-diff, PCA in the place of the autoencoder",
@@ -232,7 +233,7 @@ def front() -> str:
                 " / ".join(number(methods[m]["max_similarity"], 2) for m in (PDIFF, AVERAGE))]
 
     names = ("ResNet-18, digits", "ResNet-18, CIFAR-10", "three-layer CNN, MNIST", "ConvNet-mini, CIFAR-10, 40 epochs")
-    one = dict(zip(CELLS, names)) | {f"cifar10-32b-{m}-mini": f"{paper.NETWORKS[f'{m}-mini'][0]}, CIFAR-10" for m in MINIS}
+    one = dict(zip(CELLS, names)) | {PRETRAINED: "EfficientNet-Lite0 (ImageNet's weights), CIFAR-10"} | {f"cifar10-32b-{m}-mini": f"{paper.NETWORKS[f'{m}-mini'][0]}, CIFAR-10" for m in MINIS}
     body = [line(name, what, 1, records()[name]["numbers"]["methods"]) for name, what in one.items()]
     body.insert(2, line("cifar10-41", "the same, shorter training", 3, records()["cifar10-41"]["numbers"]["methods"]))
     trajectory = records()["mnist-b1"]["numbers"]["zoos"]["trajectory"]
@@ -259,7 +260,7 @@ def index() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{name: partial(cell, name) for name in CELLS}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
+    **{name: partial(cell, name) for name in (*CELLS, PRETRAINED)}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
     "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "bodies-63", "chairs-63")},
     "seen": seen, "made": made, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
