@@ -117,12 +117,3 @@ def before_last(net: nn.Module, names: tuple[str, ...], x: Float[Tensor, "1 C s 
     trunk = copy.deepcopy(net)
     trunk.set_submodule(holder, nn.Identity())
     return trunk, holder
-
-
-def last_convolution(net: nn.Module) -> str:
-    """The pattern of the parameters of a network's last convolution, as a recipe's `subset` takes it.
-
-    >>> last_convolution(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 1, 3)))
-    '2.*'
-    """
-    return [f"{name}.*" for name, module in net.named_modules() if isinstance(module, nn.modules.conv._ConvNd)][-1]
