@@ -244,6 +244,13 @@ class Originals:
 
     def _rehearse(self) -> None:
         self.task.rehearse(self._initial, self.evaluated, self.device)
+        if self.evaluated != self.subset:
+            try:
+                recalibrate.recalibrated(self._initial, self.subset, self.subset.flatten(self._initial)[None], self.task.x_train[:2],
+                                         prepare=self.task.prepared, device=self.device)
+            except Exception as error:
+                raise ValueError(f"buffers is 'recalibrate', which calls the network in training mode with inputs alone: {self.recipe.base.network} "
+                                 f"of task {self.recipe.data.task!r} says {str(error)[:200]!r}; expected 'network' or 'checkpoint'") from error
 
     def _given(self) -> zoos.Zoo:
         theta = self._checkpoints.theta

@@ -186,3 +186,10 @@ def test_a_detector_whose_parts_are_not_known_runs_whole_with_a_warning(scenes_)
 def test_what_does_not_fit_is_said_at_once(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Experiment(Recipe.of(**SETTINGS | changes), Store(tmp_path), device="cpu", progress=False)
+
+
+def test_statistics_that_cannot_be_computed_anew_are_refused_before_training(tmp_path):
+    e = Experiment(Recipe.of(**SETTINGS | {"buffers": "recalibrate"}), Store(tmp_path), device="cpu", progress=False)
+    with pytest.raises(ValueError, match="buffers is 'recalibrate', .*fcos-mini of task 'detection' says 'targets should not be none"):
+        e.net
+    assert not list(tmp_path.rglob("*.safetensors"))
