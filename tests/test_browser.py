@@ -186,6 +186,47 @@ def test_a_body_forms_without_a_network(desk, pictures, monkeypatch, stages):
         assert asked == [] and page.locator("text=Traceback").count() == 0
 
 
+def test_the_contest_answers(desk, pictures):
+    folder, address = desk
+    few = {"dataset": "digits", "image_size": 8, "train_images": 60, "test_images": 40, "network": "mlp-3", "pretrained": False, "subset": "all",
+           "crop_scale": 1.0, "flip": False, "k_checkpoints": 8, "base_epochs": 6, "ae_kind": "pca", "latent_dim": 2,
+           "denoiser_kind": "mlp", "diffusion_steps": 2, "sampling_steps": 2, "samples": 3}
+    steps = {name: {"steps": 2, "batch": 4} for name in ("flow", "unit flow", "SANE", "hyper-rep", "RPG", "HyperDiffusion")}
+    code = f"""from pdiff_lib import explore
+from pdiff_lib.arena import Arena
+from pdiff_lib.recipe import Recipe
+kinds = {{"independent": "independent", "one training": "trajectory"}}
+contest = explore.Contest({{n: Arena(Recipe.of(**{few!r} | {{"zoo_mode": kind}}), 4, settings={steps!r}) for n, kind in kinds.items()}})"""
+    nbformat.write(nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, (code, "contest"))], metadata={
+        "kernelspec": {"name": "python3", "display_name": "Python 3"}}), folder / "contest.ipynb")
+    with chromium() as page:
+        page.goto(address("contest.ipynb"))
+        run_all(page)
+        explorer = page.locator(".pdiff-contest")
+        field, heatmaps = (explorer.locator(".js-plotly-plot").nth(i) for i in (0, 1))
+        facts, title = explorer.locator(".widget-html", has_text="maximum similarity").first, field.locator(".gtitle")
+        wait_for(page, lambda: facts.text_content().startswith("flow 0"))
+        explorer.scroll_into_view_if_needed()
+        picture = heatmaps.locator(".heatmaplayer image").first
+        before = picture.evaluate("e => e.href.baseVal")
+        click(page, field, "flow", 2)
+        wait_for(page, lambda: facts.text_content().startswith("flow 2:") and picture.evaluate("e => e.href.baseVal") != before)
+        assert labelled(explorer, "index", "input").input_value() == "2"
+
+        labelled(explorer, "generator", "select").select_option("noise")
+        labelled(explorer, "strength", ".noUi-handle").focus()
+        page.keyboard.press("ArrowRight")
+        strength = explorer.locator(".widget-readout").first
+        wait_for(page, lambda: facts.text_content().startswith(f"noise {strength.text_content()} 0:"))
+        labelled(explorer, "order", "select").select_option("raw")
+        wait_for(page, lambda: "raw order" in title.text_content())
+        labelled(explorer, "zoo", "select").select_option("one training")
+        wait_for(page, lambda: "checkpoints of one training" in title.text_content())
+        wait_for(page, lambda: "checkpoints of one training" in heatmaps.locator(".gtitle").text_content())
+        explorer.screenshot(path=f"{pictures}/lab-contest.png")
+        assert len(exported(page, explorer, "csv").splitlines()) > 3 * 20 and page.locator("text=Traceback").count() == 0
+
+
 def labelled(explorer, label: str, kind: str):
     """The control of a widget with this description."""
     return explorer.locator(".widget-inline-hbox", has=explorer.page.locator(f'.widget-label >> text="{label}"')).locator(kind).first

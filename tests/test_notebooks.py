@@ -22,9 +22,9 @@ HERE = Path(__file__).parents[1]
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
 RECORDED = json.loads((HERE / "tests" / "recorded.json").read_text())
 # In which runs begin, the others after them: 50 makes the stages of 00, 10, 24, 32a, B2 and B3, 40 those of 33.
-FIRST = ["50_explore", "41_audit", "70_arena", "60_neural_fields", "71_how_many", "40_memorization", "B4a_detection", "63_shapes", "72_checkpoints_to_checkpoints",
-         "B1_hyper_representations", "B4c_image_generation", "32b_full_generation", "61_any_task", "23_parameter_autoencoder", "B3_diffusion_steps", "B2_vae",
-         "B4b_segmentation"]
+FIRST = ["50_explore", "B4a_detection", "41_audit", "B4b_segmentation", "70_arena", "B1_hyper_representations", "60_neural_fields", "40_memorization",
+         "63_shapes", "61_any_task", "B4c_image_generation", "72_checkpoints_to_checkpoints", "32b_full_generation", "71_how_many", "23_parameter_autoencoder",
+         "B5_memory", "62_own_checkpoints", "B3_diffusion_steps", "B2_vae"]
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
