@@ -95,7 +95,7 @@ def test_figures_of_the_quickstart_answer(desk):
 
 def test_explorers_in_jupyterlab(desk, pictures, monkeypatch, stages, table):
     folder, address = desk
-    name = small("50_explore", folder, monkeypatch, stages, source=table)
+    name = small("50_explore", folder, monkeypatch, stages, source=table, vary_values=[5])
     with chromium() as page:
         page.goto(address(name))
         run_all(page)
@@ -126,7 +126,7 @@ def cut(page, address: str) -> list[str]:
 
 
 def test_explorers_as_a_page_without_a_network(tmp_path, pictures, stages, table):
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "source": table}))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "source": table, "vary_values": [5]}))
     command = [sys.executable, "-m", "pdiff_lib.batches.cli", "app", "-f", str(tmp_path / "small.yaml"), "--port", "0", "--no-browser"]
     with served(command, tmp_path / "log", **stages) as address, chromium() as page:
         assert address.startswith("http://127.0.0.1:")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 SETTINGS = {"train_images": 100, "test_images": 200, "network": "test_resnet", "base_epochs": 15, "base_lr": 0.01,
             "k_checkpoints": 300, "zoo_batch": 16, "ae_channels": [2, 2], "latent_dim": 16, "ae_steps": 20,
             "denoiser_channels": [4, 8, 4], "diffusion_steps": 20, "T": 100, "sampling_steps": 50, "samples": 183,
-            "vary_values": [0]}
+            "vary_values": [50]}
 STEPS = 20
 
 PRESS = """async ([selector, key, figures]) => {
