@@ -24,7 +24,6 @@ from pdiff_lib import entrants
 from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.base.runs import Store, tensor_digest
 from pdiff_lib.experiment import Experiment
-from pdiff_lib.generators import gpt
 from pdiff_lib.measures import novelty, similarity
 from pdiff_lib.networks import canonical, symmetry
 from pdiff_lib.tasks import task as tasks
@@ -68,7 +67,8 @@ class Arena:
         if ("arena", whole) not in self._shared:
             self._shared["arena", whole] = Experiment(whole, **self._how)
         self.experiment: Experiment = self._shared["arena", whole]
-        self._more: dict[str, Callable[[int], Any]] = {"G.pt": self._prompted} if moments and self.experiment.independent else {}
+        self._more: dict[str, Callable[[int], Any]] = {} if not moments or not self.experiment.independent else {
+            "G.pt": lambda seed: entrants.prompted(self.experiment, seed, self.settings, lambda: self.paths, self.starts)}
         self._entrants: dict[tuple[str, int], entrants.Entrants] = {}
         self._frames: dict[tuple[str, int, str], pd.DataFrame] = {}
         self.entrants(self.orders[0], 0)  # settings that no generator takes are said now
@@ -159,12 +159,6 @@ class Arena:
         e = self.experiment
         return paths.losses(e.task, e._initial, e.subset, theta, tasks.halves(len(e.task.x_test))[0], e.device)
 
-    def _prompted(self, seed: int) -> entrants.Prompted:
-        e = self.experiment
-        # Without its augmentation by permutations, which takes far longer to train than a CPU allows for.
-        made = gpt.GPT(e.subset.sizes, e.device, e.progress, **{"generator_seed": seed, **self.settings.get("G.pt", {})})
-        return entrants.Prompted(made, lambda: self.paths, self.starts)
-
     @property
     def baselines(self) -> list[str]:
         """The methods that make the frontier."""
@@ -231,11 +225,10 @@ class Arena:
 
     def _asked(self, names: Sequence[str] | None, orders: Sequence[str] | None) -> tuple[list[str], list[str]]:
         orders = list(orders or self.orders)
-        names = list(names or self.entrants(orders[0], 0).methods)
-        for name in names:
-            if name not in self.entrants(orders[0], 0).methods:
-                raise ValueError(f"no method {name!r}: expected one of {', '.join(self.entrants(orders[0], 0).methods)}")
-        return names, orders
+        known = self.entrants(orders[0], 0).methods
+        if unknown := [name for name in names or () if name not in known]:
+            raise ValueError(f"no method {unknown[0]!r}: expected one of {', '.join(known)}")
+        return list(names or known), orders
 
     @cached_property
     def _held_rows(self) -> pd.DataFrame:
@@ -243,14 +236,22 @@ class Arena:
 
     def _rows(self, name: str, order: str, seed: int, theta: Float[Tensor, "M D"]) -> pd.DataFrame:
         validation, test = self.scores(theta)
-        distance, nearest = novelty.matched_distances(self.canonical(theta), self.reference.originals, self.units)
-        similar = torch.full((len(theta),), torch.nan)
-        if (wrong := self._wrong(theta)) is not None:
-            similar = similarity.maximum(wrong, self._own_wrong)
+        distance, nearest = self._distances(theta)
+        wrong = self._wrong(theta)
+        similar = torch.full((len(theta),), torch.nan) if wrong is None else similarity.maximum(wrong, self._own_wrong)
         return pd.DataFrame({
             "method": name, "order": order, "seed": seed, "index": range(len(theta)), self.experiment.task.score.column: test.numpy(),
-            "validation": validation.numpy(), "distance": (distance / self.reference.unit).cpu().numpy(), "nearest": nearest.cpu().numpy(),
-            "nearest_score": self._own_scores[1][nearest.cpu()].numpy(), "max_similarity": similar.numpy()})
+            "validation": validation.numpy(), "distance": (distance / self.reference.unit).numpy(), "nearest": nearest.numpy(),
+            "nearest_score": self._own_scores[1][nearest].numpy(), "max_similarity": similar.numpy()})
+
+    def _distances(self, theta: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "M"], Int64[Tensor, "M"]]:
+        """`novelty.matched_distances`, on the CPU (stage "distances": to thousands of originals they take longer than the networks)."""
+        e, own = self.experiment, self.reference.originals
+        key = {"theta": tensor_digest(theta), "originals": tensor_digest(own), "names": e.subset.names, "network": e.recipe.base.network,
+               "order": "" if self.order is None else tensor_digest(self.order.reference), "matched": self.units is not None}
+        found = e.store.stage("distances", key, lambda _: dict(zip(("distance", "nearest"), (t.cpu() for t in novelty.matched_distances(
+            self.canonical(theta), own, self.units)))), code=(novelty, symmetry, canonical))
+        return found["distance"], found["nearest"]
 
     @cached_property
     def _own_wrong(self) -> Tensor | None:
@@ -286,8 +287,7 @@ class Arena:
         return pd.DataFrame(rows)
 
     def _frontier(self, seed: int, without: str) -> list[tuple[Tensor, Tensor]]:
-        names = [name for name in self.baselines if name != without]
-        frame = self.frame(names, self.orders[:1], (seed,))
+        frame = self.frame([name for name in self.baselines if name != without], self.orders[:1], (seed,))
         column = self.experiment.task.score.column
         return [(torch.tensor(part.distance.to_numpy()), torch.tensor(part[column].to_numpy()))
                 for name, part in frame.groupby("method", sort=False) if name != HELD_OUT]

@@ -150,3 +150,10 @@ def check(settings: Settings) -> Settings:
         if family not in FAMILIES:
             raise ValueError(recipe.unknown("family of generators", family, FAMILIES))
     return settings
+
+
+def prompted(e: Experiment, seed: int, settings: Settings, paths: Callable[[], Paths], starts: Callable[[int], tuple[Tensor, Tensor]]) -> Prompted:
+    """G.pt for the networks of an experiment: without its augmentation by permutations, which takes far longer to train than a CPU
+    allows for."""
+    made = gpt.GPT(e.subset.sizes, e.device, e.progress, **{"generator_seed": seed, **settings.get("G.pt", {})})
+    return Prompted(made, paths, starts)

@@ -155,12 +155,16 @@ def test_a_generator_of_ones_own_joins_by_one_line(store):
     assert "G.pt" in with_paths.entrants("raw", 9).methods  # what was refused takes nothing away
 
 
-def test_held_out_networks_are_measured_once(store, monkeypatch):
-    arena, calls, plain = made(store, moments=0), [], novelty.matched_distances
+def test_distances_are_measured_once_and_kept(tmp_path, monkeypatch):
+    arena, calls, plain = made(Store(tmp_path), moments=0), [], novelty.matched_distances
     arena.reference
     monkeypatch.setattr(novelty, "matched_distances", lambda theta, *rest: (calls.append(len(theta)), plain(theta, *rest))[1])
     table = arena.table(["copy", "gaussian 1"], ["canonical"])
     assert calls.count(HELD) == 1 and table.n.tolist() == [HELD, SAMPLES, SAMPLES]
+    again = made(Store(tmp_path), moments=0)
+    again.reference
+    calls.clear()
+    assert again.table(["copy", "gaussian 1"], ["canonical"]).equals(table) and calls == []
 
 
 def test_a_task_that_is_no_classification(store):
