@@ -83,7 +83,7 @@ def main() -> None:
         shapes = jobs.check(bodies, SHAPES)
         fields = explore.Fields(Forms(Arena(Recipe.pick(shapes), shapes["held_out"], settings=shapes["generators"], progress=False),
                                       shapes["cells"], shapes["points"]))
-        print(f"a body on a grid of {shapes['cells']}^3, {len(fields.chain.t)} moments, {len(fields.chain.forms[-1].faces):,} triangles at the last")
+        print(f"a body on a grid of {shapes['cells']}^3, {len(fields.chain.t)} moments, {len(fields.chain.forms[-1][1]):,} triangles at the last")
         python_alone("body", fields.moment, range(len(fields.chain.t)))
 
         copies = {name: Path(folder) / f"{name}.ipynb" for name in ("networks", "bodies")}
