@@ -7,12 +7,11 @@ BIN := .venv/bin
 quickstart: .venv/installed  ## generate networks that classify handwritten digits, and look at them
 	$(BIN)/pdiff run 00_quickstart
 
-# A file or a notebook per worker at a time, whole, on one thread. For the first line a worker more than cores: one waits for the runs.
+# A file or a notebook per core at a time, each whole on one worker, which keeps to its core.
 WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadfile
-ONE_MORE = --numprocesses=$(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)') --maxprocesses=5 --dist=loadfile
 test: export OMP_NUM_THREADS := 1
 test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval
-	$(BIN)/python -m pytest $(ONE_MORE) --durations=40 -m "not alone"
+	$(BIN)/python -m pytest $(WORKERS) --durations=40 -m "not alone"
 	$(BIN)/python -m pytest -m alone $$(grep -rl 'mark[.]alone' tests --include='test_*.py')
 	PDIFF_SVG=0 $(BIN)/python -m pytest $(WORKERS) --nbval-lax --nbval-cell-timeout=600 notebooks
 

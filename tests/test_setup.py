@@ -30,7 +30,7 @@ def test_ci_runs_the_makes_tests():
     lines = [line.strip() for line in (HERE / ".ci" / "run").read_text().splitlines()]
     assert "make test" in lines and (HERE / ".ci" / "run").stat().st_mode & 0o111
     recipe = (HERE / "Makefile").read_text().partition("\ntest:")[2].split("\n\n")[0]
-    assert re.search(r"^\t\S+ -m pytest \$\(ONE_MORE\) --durations", recipe, re.M) and re.search(r"^\t.*--nbval.* notebooks$", recipe, re.M)
+    assert re.search(r"^\t\S+ -m pytest \$\(WORKERS\) --durations", recipe, re.M) and re.search(r"^\t.*--nbval.* notebooks$", recipe, re.M)
 
 
 def test_the_table_of_situations_names_tests_that_are_there():
