@@ -262,7 +262,7 @@ def index() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in (*CELLS, PRETRAINED)}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
-    "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "bodies-63", "chairs-63")},
+    "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "fashion-60", "bodies-63", "chairs-63")},
     "seen": seen, "made": made, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
 
