@@ -193,6 +193,16 @@ def how_many() -> str:
     return rows(["order, method", *(f"K = {k:,}" for k in ks), f"K = {ks[-1]:,}, three seeds", *(f"{what} at {ks[-1]:,}" for what in ("N&P", "Z_U", "spread"))], body)
 
 
+def one_k(name: str) -> str:
+    """A record of 71_how_many at one K."""
+    body = []
+    for method, of in records()[name]["numbers"].items():
+        ((k, m),) = of.items()
+        body.append([method, number(100 * m["score"], 1), number(m["distance"], 2), number(100 * m["np_0.75"], 0),
+                     number(m["z_u"], 1), number(m["spread"], 2)])
+    return rows([f"order, method at K = {int(k):,}", "accuracy (%)", "relative distance", "N&P (%)", "Z_U", "spread"], body)
+
+
 def fields(name: str) -> str:
     """A record of 60_neural_fields or 63_shapes: what each method's fields are, against real objects."""
     numbers = records()[name]["numbers"]
@@ -262,7 +272,8 @@ def index() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in (*CELLS, PRETRAINED)}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
     "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
-    "beside": beside, "how-many": how_many, **{name: partial(fields, name) for name in ("mnist-60", "fashion-60", "bodies-63", "chairs-63")},
+    "beside": beside, "how-many": how_many, "how-many-mnist": partial(one_k, "mnist-71"),
+    **{name: partial(fields, name) for name in ("mnist-60", "fashion-60", "bodies-63", "chairs-63")},
     "seen": seen, "made": made, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
 
