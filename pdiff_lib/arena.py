@@ -246,11 +246,10 @@ class Arena:
 
     def _distances(self, theta: Float[Tensor, "M D"]) -> tuple[Float[Tensor, "M"], Int64[Tensor, "M"]]:
         """`novelty.matched_distances`, on the CPU (stage "distances": to thousands of originals they take longer than the networks)."""
-        e, own = self.experiment, self.reference.originals
-        key = {"theta": tensor_digest(theta), "originals": tensor_digest(own), "names": e.subset.names, "network": e.recipe.base.network,
-               "order": "" if self.order is None else tensor_digest(self.order.reference), "matched": self.units is not None}
-        found = e.store.stage("distances", key, lambda _: dict(zip(("distance", "nearest"), (t.cpu() for t in novelty.matched_distances(
-            self.canonical(theta), own, self.units)))), code=(novelty, symmetry, canonical))
+        theta, own, units = self.canonical(theta), self.reference.originals, self.units
+        key = {"theta": tensor_digest(theta), "originals": tensor_digest(own), "units": [tensor_digest(g) for g in units or ()]}
+        found = self.experiment.store.stage("distances", key, lambda _: dict(zip(("distance", "nearest"), (
+            t.cpu() for t in novelty.matched_distances(theta, own, units)))), code=(novelty, canonical))
         return found["distance"], found["nearest"]
 
     @cached_property

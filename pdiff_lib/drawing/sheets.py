@@ -42,7 +42,8 @@ def sheet(rows: Mapping[str, Float[Tensor, "n h w"]], title: str, lit: bool = Fa
     scale = min(960 / (longest * (w + GAP)), 110 / h)
     fig.update_xaxes(visible=False).update_yaxes(autorange="reversed", scaleanchor="x", showgrid=False, ticks="", linecolor="white",
                                                  tickvals=[i * high + h / 2 for i in range(len(rows))], ticktext=list(rows))
-    return fig.update_layout(title=title, width=round(scale * longest * (w + GAP)) + 230, height=round(scale * len(rows) * high) + 100,
+    wide = max(round(scale * longest * (w + GAP)) + 230, 8 * max(map(len, title.split("<br>"))) + 40)  # a long title is not cut off
+    return fig.update_layout(title=title, width=wide, height=round(scale * len(rows) * high) + 100,
                              margin={"l": 200, "t": 70, "b": 15, "r": 15})
 
 
