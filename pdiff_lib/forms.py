@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pdiff_lib.arena import HELD_OUT, Arena
 from pdiff_lib.base import training, vectors
+from pdiff_lib.base.runs import tensor_digest
 from pdiff_lib.measures import novelty, shapes
 from pdiff_lib.networks import implicit, surfaces
 from pdiff_lib.networks.modes import evaluating
@@ -102,6 +103,13 @@ class Forms:
             return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / a.shape[1] ** 0.5
         return 1 - shapes.iou(a, b)
 
+    def _kept(self, a: Tensor, b: Tensor) -> Float[Tensor, "M N"]:
+        """`distance`; that of bodies, whose trees take longer than all else here, once (stage "forms")."""
+        if self.d == 2:
+            return self.distance(a, b)
+        return self.arena.experiment.store.stage("forms", {"a": tensor_digest(a), "b": tensor_digest(b)}, lambda _: {
+            "distance": self.distance(a, b)}, code=(shapes,))["distance"]
+
     def form_of(self, theta: Float[Tensor, "M D"]) -> tuple[Tensor, shapes.Outcomes]:
         """Forms of networks, and what became of each; of those that are none the rows mean nothing."""
         if self.d == 3:
@@ -139,13 +147,13 @@ class Forms:
     @cached_property
     def _others(self) -> tuple[Tensor, Tensor]:
         forms = self.real_forms(self.references)
-        return forms, self.distance(forms, forms)
+        return forms, self._kept(forms, forms)
 
     @cached_property
     def _usual(self) -> Float[Tensor, "H"]:
         """Distances of held-out networks' forms to the nearest training object."""
         forms, became = self.forms(HELD_OUT, self.arena.orders[0], -1)
-        return shapes.nearest(self.distance(forms[became.whole], self.training))[0]
+        return shapes.nearest(self._kept(forms[became.whole], self.training))[0]
 
     @property
     def usual(self) -> float:
@@ -176,7 +184,7 @@ class Forms:
         `z_u`: the same distances against theirs (`novelty.data_copying`). NaN where fewer than two are left.
         """
         known = self.training[:len(self.references)]
-        alone = shapes.nearest(self.distance(known, self.training).fill_diagonal_(torch.inf))[0]
+        alone = shapes.nearest(self._kept(known, self.training).fill_diagonal_(torch.inf))[0]
         real = float(self.task.of_objects(range(len(known))).mean())
         rows = [{"method": TRAINING, "order": "", "seed": -1, "n": len(known), "score": real, "empty": 0.0, "full": 0.0, "broken": 0.0,
                  **self._against(known, alone)}]
@@ -194,8 +202,8 @@ class Forms:
         if len(forms) < 2:
             return dict.fromkeys(("mmd", "cov", "one_nna", "to_training", "z_u"), float("nan"))
         references, between = self._others
-        distance, n = self.distance(forms, references), min(len(forms), len(references))
-        nearest = self.nearest(forms)[0] if nearest is None else nearest
+        distance, n = self._kept(forms, references), min(len(forms), len(references))
+        nearest = shapes.nearest(self._kept(forms, self.training))[0] if nearest is None else nearest
         return {"mmd": shapes.minimum_matching_distance(distance), "cov": shapes.coverage(distance),
-                "one_nna": shapes.one_nearest_neighbour(self.distance(forms[:n], forms[:n]), distance[:n, :n], between[:n, :n]),
+                "one_nna": shapes.one_nearest_neighbour(self._kept(forms[:n], forms[:n]), distance[:n, :n], between[:n, :n]),
                 "to_training": float(nearest.median()) / self.usual, "z_u": novelty.data_copying(nearest, self._usual)}

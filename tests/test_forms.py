@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from pdiff_lib.base.recipe import Recipe
 from pdiff_lib.base.runs import Store
 from pdiff_lib.experiment import PDIFF
 from pdiff_lib.forms import TRAINING, Forms
-from pdiff_lib.measures import novelty
+from pdiff_lib.measures import novelty, shapes
 from pdiff_lib.networks import implicit, surfaces
 from pdiff_lib.tasks import task
 
@@ -164,7 +165,7 @@ def test_a_moving_picture_has_all_moments(tmp_path):
         plots.moving(pictures, tmp_path / "x.gif")
 
 
-def test_bodies_are_on_the_surface_of_what_they_are_fitted_to(bodies):
+def test_bodies_are_on_the_surface_of_what_they_are_fitted_to(bodies, monkeypatch):
     points = bodies.real_forms([3])[0]
     within = points[:, :2].abs().amax(dim=1) < 0.9  # beyond, the glyph reaches the border of its picture
     solid = bodies.objects.look([3], points[within])[0]
@@ -176,6 +177,10 @@ def test_bodies_are_on_the_surface_of_what_they_are_fitted_to(bodies):
     assert distance.diagonal().mean() < 0.6 * others.mean(), "each is nearer to its own object"
     t = bodies.table(["copy", "flow"]).set_index("method")
     assert t.loc["copy", "z_u"] < t.loc["flow", "z_u"] and (t.n == [5, HELD, M, M]).all()
+    plain = shapes.minimum_matching_distance(bodies.distance(bodies.forms("flow", "raw", 0)[0], bodies.real_forms(bodies.references)))
+    assert t.loc["flow", "mmd"] == pytest.approx(plain, rel=1e-6)
+    monkeypatch.setattr(forms.Forms, "distance", None)  # the same table again measures nothing
+    pd.testing.assert_frame_equal(Forms(bodies.arena, 16, 64, references=5).table(["copy", "flow"]).set_index("method"), t)
 
 
 def test_what_forms_do_not_take(store, glyphs):

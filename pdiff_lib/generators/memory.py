@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ class Step:
         backend allocates inside an operation (workspaces of a convolution) is not seen.
         """
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return meter.peak(self, torch.device("cpu"))
+            return meter.peak(self, torch.device("cpu"), whole=False)
 
     def run(self, device: str | torch.device | None = None) -> meter.Ran:
         """Run two steps in a process of its own, so that peaks do not mix.
@@ -137,7 +138,7 @@ class Step:
         device = training.device_of(device)
         if device.type == "cuda" and self.part == "denoiser" and not self.bf16:
             raise ValueError("bf16 is False: expected True on CUDA, where the denoiser trains under autocast")
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=_fresh(device.type)) as pool:
             try:
                 return pool.submit(meter.run, self, device, torch.get_num_threads()).result()
             except BrokenProcessPool:
@@ -156,6 +157,16 @@ class Step:
             middle = (low + high) // 128 * 64
             low, high = (middle, high) if replace(self, numel=middle).need.peak <= budget else (low, middle)
         return low
+
+
+def _fresh(device: str) -> BaseContext:
+    """How to start a process that has imported all and done nothing: copied from one that is kept so, or, for CUDA and where the
+    system has no such copies, anew each time."""
+    if device == "cuda" or "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([meter.__name__])
+    return context
 
 
 def _autoencoder(step: Step) -> Need:

@@ -85,8 +85,9 @@ def _grouped(layers: nn.Sequential, count: int) -> nn.Sequential:
     return nn.Sequential(*blocks, *layers[3 * count:])
 
 
-def prepared(step: Any, device: torch.device) -> tuple[nn.Module, Callable[[], None]]:
-    """The network and a call that makes one training step, as `fit` of the autoencoder and of the denoiser do."""
+def prepared(step: Any, device: torch.device) -> tuple[nn.Module, Callable[..., None]]:
+    """The network and a call that makes one training step, as `fit` of the autoencoder and of the denoiser do; with a number, of no
+    more passes than that."""
     generator = torch.Generator(device)
     with torch.device(device):
         if step.part == "autoencoder":
@@ -106,8 +107,8 @@ def prepared(step: Any, device: torch.device) -> tuple[nn.Module, Callable[[], N
         t = torch.zeros(len(x), dtype=torch.long, device=device)
         return denoiser.noise_loss(net, x, t, torch.randn_like(x), SCHEDULE).mean()
 
-    def train() -> None:
-        for i, x in enumerate(batch.split(step.batch // step.passes)):
+    def train(at_most: int = step.passes) -> None:
+        for i, x in enumerate(batch.split(step.batch // step.passes)[:at_most]):
             loss = loss_of(x) / step.passes
             if i == 0:
                 optimizer.zero_grad(set_to_none=True)  # after the forward pass, as `training.loop`
@@ -117,13 +118,14 @@ def prepared(step: Any, device: torch.device) -> tuple[nn.Module, Callable[[], N
     return net, train
 
 
-def peak(step: Any, device: torch.device) -> int:
-    """Peak bytes of the second step; the first makes AdamW's moments."""
+def peak(step: Any, device: torch.device, whole: bool = True) -> int:
+    """Peak bytes of the second step; the first makes AdamW's moments. Not `whole`: of as few passes as reach it, one of the first
+    step and two of the second, as a third holds what the second held."""
     with Meter() as meter:
         _, train = prepared(step, device)
-        train()
+        train(step.passes if whole else 1)
         meter.peak = meter.live
-        train()
+        train(step.passes if whole else 2)
     return meter.peak
 
 

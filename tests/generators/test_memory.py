@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from device import DEVICE
-from pdiff_lib.generators import denoiser
+from pdiff_lib.generators import denoiser, meter
 from pdiff_lib.generators.autoencoder import Autoencoder, noisy_reconstruction_loss
 from pdiff_lib.generators.memory import Step
 from pdiff_lib.generators.meter import SCHEDULE, Meter, prepared
@@ -79,6 +80,13 @@ def test_counting_without_data_is_counting_with_data():
     assert ran.counted == pytest.approx(step.counted(), rel=0.02)
     assert 0.9 * ran.counted < ran.resident < 1.6 * ran.counted
     assert ran.seconds > 0
+
+
+@pytest.mark.parametrize("part, channels", [("autoencoder", NARROW), ("denoiser", NARROW_DENOISER)])
+def test_two_passes_reach_the_peak_of_all(part, channels):
+    step = Step(part, 2048, 64, channels, 48, passes=12)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert step.counted() == meter.peak(step, torch.device("cpu"))
 
 
 def test_recomputing_trains_the_same():
