@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import signal
 import socket
 import tempfile
 import webbrowser
@@ -59,6 +60,7 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
     Raises:
         ValueError: the port is taken, the host is no address of this machine, or the token is too simple.
     """
+    from tornado.ioloop import IOLoop
     from voila.app import Voila
 
     token = token or secrets.token_urlsafe(24)
@@ -80,6 +82,12 @@ def serve(notebook: Path, parameters: Mapping[str, Any], host: str = "127.0.0.1"
 
         def init_settings(self):
             return {**super().init_settings(), "headers": HEADERS}
+
+        def listen(self):
+            # Ctrl-C ends the loop. As an exception it is lost where Python calls from within, as when an object is forgotten.
+            self.ioloop = IOLoop.current()
+            signal.signal(signal.SIGINT, self._handle_signal_stop)
+            super().listen()
 
         def launch_browser(self):
             # In a file that this user alone can read: everyone sees the command line of a browser.

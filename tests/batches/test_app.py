@@ -17,6 +17,7 @@ from voila.app import Voila
 
 from pdiff_lib.batches import app, cli
 
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
 SERVE = """import sys
 from pathlib import Path
 from pdiff_lib.batches import app
@@ -86,10 +87,9 @@ def get(url: str, **headers: str) -> tuple[int, str]:
 
 
 def test_a_real_server_lets_nobody_in_without_the_token(tmp_path):
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     cells = [v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]}),
              v4.new_code_cell(f"open({str(tmp_path / 'ran')!r}, 'w')\nprint('SE' + 'CRET')")]
-    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "x.ipynb")
+    nbformat.write(v4.new_notebook(cells=cells, metadata=KERNEL), tmp_path / "x.ipynb")
     environment = {**os.environ, "PDIFF_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(Path(app.__file__).parents[2])}
     server = subprocess.Popen([sys.executable, "-c", SERVE, tmp_path / "x.ipynb"],
                               env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -118,3 +118,18 @@ def test_a_real_server_lets_nobody_in_without_the_token(tmp_path):
     finally:
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=60)
+
+
+def test_an_interrupt_ends_it_wherever_it_arrives(tmp_path):
+    """Also where Python drops an exception: in what it calls when an object is forgotten."""
+    nbformat.write(v4.new_notebook(cells=[v4.new_code_cell("x = 1", metadata={"tags": ["parameters"]})], metadata=KERNEL), tmp_path / "x.ipynb")
+    forgotten = """import os, signal, weakref
+from tornado.ioloop import IOLoop
+class Thing: pass
+thing = Thing()
+watch = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+IOLoop.current().call_later(0.5, lambda: globals().pop("thing") and None)
+"""
+    environment = {**os.environ, "PDIFF_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(Path(app.__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", forgotten + SERVE, tmp_path / "x.ipynb"], env=environment, cwd=tmp_path, check=True, timeout=60,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
