@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from pdiff_lib import audit, networks, study
+from pdiff_lib.arena import HELD_OUT
 from pdiff_lib.batches import results
 from pdiff_lib.experiment import AVERAGE, ORIGINAL, PDIFF
 from pdiff_lib.measures import paper
@@ -151,6 +152,19 @@ def zoos() -> str:
     return rows(["method", *kinds, "paper"], body)
 
 
+def both_zoos(name: str) -> str:
+    """A record of B1_hyper_representations: each method on each zoo, and the distance to what its own autoencoder rebuilds."""
+    found = records()[name]["numbers"]["zoos"]
+    first = found[next(iter(found))]
+    shown = [HELD_OUT, "copy", "average", "interpolation 0.5", "gaussian 1", *(m for m, of in first.items() if pd.notna(of["to rebuilt"]))]
+    body = []
+    for method in shown:
+        cells = [of[method] for of in found.values()]
+        body.append([NAMES.get(method, method), *(f"{number(m['score'], 1)} at {number(m['distance'], 2)}" for m in cells),
+                     number(cells[0]["to rebuilt"], 2), number(cells[0]["z_u"], 1)])
+    return rows(["method", *found, *(f"{what}: {next(iter(found))}" for what in ("to rebuilt", "Z_U"))], body)
+
+
 def beside() -> str:
     """The quickstart's cells beside the paper's: its tables, and in brackets its authors' logs."""
     def theirs(table: str, setting: str) -> list[str]:
@@ -271,7 +285,7 @@ def index() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in (*CELLS, PRETRAINED)}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
-    "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos,
+    "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos, "both-zoos": partial(both_zoos, "mnist-b1-2464"),
     "beside": beside, "how-many": how_many, "how-many-mnist": partial(one_k, "mnist-71"),
     **{name: partial(fields, name) for name in ("mnist-60", "fashion-60", "bodies-63", "chairs-63")},
     "seen": seen, "made": made, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
