@@ -23,6 +23,14 @@ def pytest_collection():
         importlib.import_module(package)
 
 
+# Files that take longest, and wait for processes of their own: they begin, and the many short ones fill up the end.
+FIRST = ("test_notebooks.py", "test_browser.py", "test_sweep.py", "test_app.py", "test_gpu.py", "test_cli.py", "test_renderer.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture
 def unchecked():
     """No such checks, as for a user: for the library's own messages about wrong shapes."""
