@@ -11,7 +11,7 @@ quickstart: .venv/installed  ## generate networks that classify handwritten digi
 WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 test: export OMP_NUM_THREADS := 1
 test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval
-	$(BIN)/python -m pytest $(WORKERS) --no-loadscope-reorder --durations=40 -m "not alone"
+	$(BIN)/python -m pytest $(WORKERS) --durations=40 --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone $$(grep -rl 'mark[.]alone' tests --include='test_*.py')
 	PDIFF_SVG=0 $(BIN)/python -m pytest $(WORKERS) --nbval-lax --nbval-cell-timeout=600 notebooks
 
