@@ -13,7 +13,7 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval
 	$(BIN)/python -m pytest $(WORKERS) --durations=40 --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone $$(grep -rl 'mark[.]alone' tests --include='test_*.py')
-	PDIFF_SVG=0 $(BIN)/python -m pytest $(WORKERS) --nbval-lax --nbval-cell-timeout=600 notebooks
+	PDIFF_SVG=0 $(BIN)/python -m pytest $(WORKERS) -p tests.warm --nbval-lax --nbval-cell-timeout=600 notebooks
 
 lab: .venv/installed  ## explore in the browser
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 
 from pdiff_lib.base import recipe
-from pdiff_lib.batches import jobs
+from pdiff_lib.batches import jobs, warm
 
 HERE = Path(__file__).parents[1]
 NOTEBOOKS = sorted((HERE / "notebooks").glob("*.ipynb"))
@@ -142,7 +142,8 @@ def made(request):
     command = [sys.executable, "-m", "pdiff_lib.batches.cli", "run"]
     # The longest first, so that none is left over alone; of those that want the same stages the first makes them while others run.
     order = sorted(wanted, key=lambda path: FIRST.index(path.stem) if path.stem in FIRST else len(FIRST))
-    with ThreadPoolExecutor(at_once) as pool:
+    with warm.kernels(environment) as kernels, ThreadPoolExecutor(at_once) as pool:
+        environment |= kernels
         yield {path: pool.submit(subprocess.run, [*command, path.stem], cwd=HERE, env=environment, capture_output=True,
                                  text=True, timeout=2400) for path in order}
         pool.shutdown(cancel_futures=True)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -20,10 +21,11 @@ from tqdm.auto import tqdm
 
 from pdiff_lib.base import parameters, recipe, storage
 from pdiff_lib.base.known import root_of
-from pdiff_lib.batches import cluster, jobs
+from pdiff_lib.batches import cluster, jobs, warm
 
 KEYS = ("notebook", "base", "parameters", "grid", "seeds")
 SEEDS = ("seed", "pdiff_seed")  # what `seeds` sets together: all randomness but the choice of the images
+MANY = 4  # runs from which on kernels begin warm: what it costs is spent by then
 DEATHS = 3  # attempts when a worker or its kernel is killed; a cell that fails is not tried again
 
 
@@ -174,6 +176,13 @@ def _here(sweep: Sweep, todo: Sequence[jobs.Job], workers: int, gpu_share: int, 
     cores, devices = len(os.sched_getaffinity(0)), _devices()
     workers = min(workers or (len(devices) * gpu_share if devices else max(1, cores // 2)), len(todo))
     threads = str(cpus or max(1, cores // workers))
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    with warm.kernels(environment) if len(todo) >= MANY else nullcontext({}) as kernels:
+        yield from _at_once(sweep, todo, workers, devices, environment | kernels, force)
+
+
+def _at_once(sweep: Sweep, todo: Sequence[jobs.Job], workers: int, devices: Sequence[str], environment: dict[str, str],
+             force: bool) -> Iterator[tuple[jobs.Job, str]]:
     context = multiprocessing.get_context("forkserver")  # started once, with the imports that every run needs
     context.set_forkserver_preload([__name__, "papermill"])
     lock = context.RLock()
@@ -184,12 +193,10 @@ def _here(sweep: Sweep, todo: Sequence[jobs.Job], workers: int, gpu_share: int, 
         while queue or running:
             while queue and slots:
                 (job, attempt), slot = queue.popleft(), slots.popleft()
-                environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-                if devices:
-                    environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+                device = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
                 bar = {"position": slot + 1, "desc": sweep.label(job), "leave": False} if sys.stderr.isatty() else False
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, force, environment, bar, lock, theirs))
+                process = context.Process(target=_work, args=(job, force, environment | device, bar, lock, theirs))
                 process.start()
                 theirs.close()
                 running[process.sentinel] = process, ours, job, attempt, slot
