@@ -1,6 +1,7 @@
 """Annotated shapes and types of the whole package are checked at run time, in every test."""
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ def pytest_collection():
     """Not in the process that hands out the tests, which imports none of them."""
     for package in LARGE:
         importlib.import_module(package)
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than cores: whoever is given the runs of the notebooks waits for processes of their own."""
+    return (os.cpu_count() or 1) + 1
 
 
 # Files that take longest, and wait for processes of their own: they begin, and the many short ones fill up the end.

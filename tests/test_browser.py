@@ -12,7 +12,7 @@ import yaml
 
 from browser import CHROMIUM, HERE, chromium, lab, run_all, served
 from pdiff_lib.base import runs
-from pdiff_lib.batches import app, jobs
+from pdiff_lib.batches import app, jobs, warm
 
 NOTEBOOKS = HERE / "notebooks"
 SMALL = {"train_images": 100, "test_images": 100, "network": "test_resnet", "base_epochs": 15, "base_lr": 0.01, "k_checkpoints": 12, "zoo_batch": 16,
@@ -24,8 +24,10 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """Where the small runs of all servers keep their stages."""
-    return {"PDIFF_RUNS": str(tmp_path_factory.mktemp("runs")), "OMP_NUM_THREADS": "1"}
+    """What all servers are started with: where small runs keep their stages, and kernels that begin warm."""
+    own = {"PDIFF_RUNS": str(tmp_path_factory.mktemp("runs")), "OMP_NUM_THREADS": "1"}
+    with warm.kernels(own) as kernels:
+        yield own | kernels
 
 
 @pytest.fixture(scope="module")
