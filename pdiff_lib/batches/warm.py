@@ -31,7 +31,7 @@ PACKAGES = ("numpy", "torch", "torch._dynamo", "torch.export", "torchvision.tran
             "sklearn.datasets", "sklearn.decomposition", "scipy.optimize", "scipy.stats", "plotly.graph_objs._figure", "plotly.subplots",
             "ipywidgets", "anywidget", "PIL.Image", "IPython", "ipykernel.kernelapp", "ipykernel.ipkernel")
 # Variables that are read anew each time they are needed: processes that differ in these alone are alike.
-ANEW = ("PDIFF_", "JPY_", "JUPYTER_", "PYTEST_", "CUDA_VISIBLE_DEVICES", "PATH", "PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES")
+ANEW = ("PDIFF_", "JPY_", "JUPYTER_", "PYTEST_", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "PATH", "PWD", "OLDPWD", "SHLVL", "COLUMNS", "LINES")
 SERVING = "PDIFF_KERNELS"  # the folder of the process that is copied
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -121,12 +121,13 @@ def _stand(folder: str, *how: str) -> None:
 
 def _serve(listening: socket.socket, *packages: str) -> None:
     """Be the process that is copied. Returns in a copy alone, which then is to become a kernel."""
-    own = _matters(os.environ)
+    before = dict(os.environ)
     if sys.path[0] == str(Path(__file__).parent):  # of this file, as a program
         del sys.path[0]
     for package in packages:
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
+    imported = dict(os.environ.items() - before.items())  # what imports set, as they have in whoever has made the same ones
     gc.freeze()  # so that collecting garbage in a copy writes to no page that it shares
     whole = threading.active_count() == 1 and _cuda_starts_in_copies()  # a copy would lack any other thread
     ended, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -148,7 +149,7 @@ def _serve(listening: socket.socket, *packages: str) -> None:
                 elif key.fileobj is listening:
                     place, _ = listening.accept()
                     what, files = _asked(place)
-                    if what is None or not whole or _matters(what["environment"]) != own:
+                    if what is None or not whole or _matters(imported | what["environment"]) != _matters(os.environ):
                         place.close()
                     elif pid := os.fork():
                         places[pid] = place
@@ -157,6 +158,7 @@ def _serve(listening: socket.socket, *packages: str) -> None:
                     else:
                         for connection in (listening, place, *places.values()):
                             connection.close()
+                        what["environment"] = imported | what["environment"]
                         return _begin(what, files, (ended, waking))
                     for file in files:
                         os.close(file)

@@ -25,9 +25,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks of a proc
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    with warm.kernels({"ANSWER": "42"}, PACKAGES):
-        yield
+def kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "sets_a_variable.py").write_text("import os\nos.environ.setdefault('SET_BY_AN_IMPORT', 'yes')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), os.pathsep)
+        patch.setenv("ANSWER", "41")
+        with warm.kernels({"ANSWER": "42"}, ("sets_a_variable", *PACKAGES)):
+            yield
 
 
 def written(folder: Path, parameters: str, work: str) -> Path:
@@ -40,7 +45,7 @@ def written(folder: Path, parameters: str, work: str) -> Path:
 @contextmanager
 def started(**how):
     manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(**{"env": os.environ | {"ANSWER": "42"}, **how})
+    manager.start_kernel(**{"env": os.environ | {"ANSWER": "42"}} | how)
     client = manager.client()
     client.start_channels()
     client.wait_for_ready(60)
@@ -84,9 +89,12 @@ def test_a_copy_is_a_kernel_of_its_own(kernels, tmp_path):
         assert not said(other, "hasattr(sys, 'mine')")
 
 
-def test_another_environment_starts_a_kernel_as_ever(kernels):
-    with started(env=os.environ | {"ANSWER": "43"}) as (_, client):
-        assert said(client, "os.environ['ANSWER']") == "43" and not said(client, IS_A_COPY)
+@pytest.mark.parametrize("own, copied", [
+    ({"ANSWER": "43"}, False), ({"OF_NO_COPY": "1"}, False), ({"SET_BY_AN_IMPORT": "no"}, False), ({"SET_BY_AN_IMPORT": "yes"}, True), ({}, True)])
+def test_a_copy_stands_for_no_kernel_of_another_environment(kernels, own, copied):
+    with started(env=os.environ | {"ANSWER": "42"} | own) as (_, client):
+        assert said(client, IS_A_COPY) == copied and said(client, f"[os.environ[n] for n in {[*own]}]") == [*own.values()]
+        assert said(client, "os.environ.get('SET_BY_AN_IMPORT')") == ("yes" if copied else own.get("SET_BY_AN_IMPORT"))
 
 
 def test_an_interrupt_reaches_the_cell_and_the_kernel_goes_on(kernels):
