@@ -39,7 +39,7 @@ HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signa
 @contextlib.contextmanager
 def kernels(environment: Mapping[str, str] = {}, packages: Sequence[str] = PACKAGES) -> Iterator[dict[str, str]]:
     """Within it, kernels "python3" begin warm in this process and in those that it starts. On other systems than Linux, where "python3" is a
-    kernel of another Python than this one, and within another `kernels()`, nothing changes.
+    kernel of another Python than this one, within another `kernels()`, and where temporary files lie too deep for a socket, nothing changes.
 
     Args:
         environment: variables that these kernels will have and this process has not.
@@ -49,7 +49,7 @@ def kernels(environment: Mapping[str, str] = {}, packages: Sequence[str] = PACKA
         The variables by which a process finds them, for those that are not started from here.
     """
     spec = _usual() if sys.platform == "linux" and SERVING not in os.environ else None
-    if spec is None:
+    if spec is None or len(os.fsencode(tempfile.gettempdir())) > 70:  # of a socket's name Linux takes 107 bytes
         yield {}
         return
     before = os.environ.get("JUPYTER_PATH")

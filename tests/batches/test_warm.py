@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -193,6 +194,14 @@ def test_afterwards_all_is_as_before(monkeypatch):
         with warm.kernels():
             assert dict(os.environ) == inside
     assert dict(os.environ) == before and not os.path.exists(folder)
+
+
+def test_where_no_socket_can_lie_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.delenv(warm.SERVING, raising=False)
+    (tmp_path / ("deep" * 20)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("deep" * 20)))
+    with warm.kernels() as found:
+        assert found == {} and warm.SERVING not in os.environ
 
 
 def test_a_kernel_of_another_python_is_left_alone(tmp_path, monkeypatch):
