@@ -142,6 +142,33 @@ def memorisation() -> str:
     return rows(["figure", "originals", "p-diff", "average", "Gaussian"], body)
 
 
+def gains(name: str) -> dict[str, tuple[float, float, float]]:
+    """A record of an ablation: by row, what generated networks gain over the originals in mean accuracy, its deviation over seeds, and what the
+    average gains; NaN where the record has none."""
+    nan, n = float("nan"), records()[name]["numbers"]
+    if "table" in n:  # of 33_ablations
+        return {row: tuple(float("nan" if v is None else v) for v in (of[PDIFF]["gain"], of[PDIFF]["gain_std"], of[AVERAGE]["gain"]))
+                for row, of in n["rows"].items()}
+    if "control" in n:  # of B3_diffusion_steps
+        return {row: (of["mean"] - n["originals"], nan, nan) for row, of in n["rows"].items()}
+    return {row: (of["mean"] - n["summary"][ORIGINAL]["mean"], nan, nan) for row, of in n["summary"].items() if row != ORIGINAL}
+
+
+def ablations() -> str:
+    """Tables 3, 4, 8 and 9 in points beyond the originals: the paper, and ours on two networks."""
+    known = paper.tables().query("metric == @paper.MEAN and method in ['original', @PDIFF]")
+    start = known.query("table == '8' and method == 'original'").value.item()
+    theirs = known.query("method == @PDIFF").set_index(["table", "setting"]).value - start
+    body = []
+    for table, name in {"3a": "3a", "3b": "3b", "3c": "3c", "3e": "3e", "4": "4", "8": "b2", "9": "b3"}.items():
+        small, large = (gains(f"{network}-{name}") if f"{network}-{name}" in records() else {} for network in ("cifar10", PRETRAINED))
+        for row, (gain, _, average) in large.items():
+            first, std, others = (100 * v for v in small.get(row, [float("nan")] * 3))
+            body.append([f"{table}: {row}", number(theirs.get((table, row), float("nan")), 1, sign=True), spread(first, std, sign=True),
+                         number(others, 2, sign=True), number(100 * gain, 2, sign=True), number(100 * average, 2, sign=True)])
+    return rows(["row", "paper: p-diff", "ResNet-18: p-diff", "its average", "EfficientNet-Lite0: p-diff", "its average"], body)
+
+
 def zoos() -> str:
     """Table 7: mean accuracy on three kinds of zoos, over seeds."""
     frame = pd.read_csv(HERE / "mnist-b1-accuracy.csv")
@@ -217,6 +244,15 @@ def one_k(name: str) -> str:
     return rows([f"order, method at K = {int(k):,}", "accuracy (%)", "relative distance", "N&P (%)", "Z_U", "spread"], body)
 
 
+def asked(name: str) -> str:
+    """A record of 72_checkpoints_to_checkpoints: how well losses are met that were asked for, and what the networks are."""
+    n = records()[name]["numbers"]
+    body = [[NAMES.get(m, m), number(100 * of["score"], 1), number(of["distance"], 2), number(100 * of["np_0.75"], 0), number(of["z_u"], 1)]
+            for m, of in n["methods"].items()]
+    return "\n\n".join([rows(["answers to a loss that is asked for", "R²"], [[m, number(r2, 2)] for m, r2 in n["R2"].items()]),
+                        rows(["networks (G.pt's of unseen starts, asked for the best loss)", "accuracy (%)", "relative distance", "N&P (%)", "Z_U"], body)])
+
+
 def fields(name: str) -> str:
     """A record of 60_neural_fields or 63_shapes: what each method's fields are, against real objects."""
     numbers = records()[name]["numbers"]
@@ -285,8 +321,8 @@ def index() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in (*CELLS, PRETRAINED)}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
-    "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "zoos": zoos, "both-zoos": partial(both_zoos, "mnist-b1-2464"),
-    "beside": beside, "how-many": how_many, "how-many-mnist": partial(one_k, "mnist-71"),
+    "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "ablations": ablations, "zoos": zoos, "both-zoos": partial(both_zoos, "mnist-b1-2464"),
+    "beside": beside, "how-many": how_many, "how-many-mnist": partial(one_k, "mnist-71"), "asked": partial(asked, "digits-72"),
     **{name: partial(fields, name) for name in ("mnist-60", "fashion-60", "bodies-63", "chairs-63")},
     "seen": seen, "made": made, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
