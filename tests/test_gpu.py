@@ -25,7 +25,7 @@ from pdiff_lib.generators import autoencoder, baselines, denoiser, diffusion, me
 from pdiff_lib.measures import similarity
 from pdiff_lib.networks import capture, subset, symmetry
 from pdiff_lib.study import Study
-from pdiff_lib.tasks import data, evaluate
+from pdiff_lib.tasks import data, evaluate, features
 from pdiff_lib.zoos import population
 
 pytestmark = pytest.mark.filterwarnings("error:.*cannot be captured")  # the whole network per vector: right, and slow
@@ -247,7 +247,9 @@ def test_the_quickstart_from_end_to_end(tmp_path):
     {"task": "detection", "dataset": "scenes", "network": "fcos-mini", "subset": "head.*.conv.4.*", "image_size": 48, "train_images": 8, "test_images": 4,
      "base_batch": 4, "zoo_batch": 4, "crop_scale": 1.0}],
     ids=lambda settings: ", ".join(map(str, settings.values())))
-def test_settings_that_change_the_path(settings):
+def test_settings_that_change_the_path(settings, monkeypatch):
+    monkeypatch.setattr(features, "STEPS", 20)
+
     def work(device):
         e = experiment(device, **settings)
         return {"frame": e.frame([ORIGINAL, "average", "gaussian", PDIFF]), "learned from": e.learned_from}

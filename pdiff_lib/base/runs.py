@@ -26,11 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdiff_lib.base import storage
+from pdiff_lib.base import allocator, storage
 from pdiff_lib.base.provenance import Run as Run, environment  # what a notebook needs is here
 from pdiff_lib.base.records import digest
 from pdiff_lib.base.storage import root, waiting, write_text as write_text
 
+allocator.keep_freed()  # for all that is computed with a store, or trained
 CHECKPOINT_SECONDS = 30.0  # a kill loses less than a minute of a training loop
 QUICK = 1.5  # seconds of a save; one that takes longer, as ViT-B's, comes less often: a twentieth of the time at most
 
