@@ -7,7 +7,7 @@ BIN := .venv/bin
 quickstart: .venv/installed  ## generate networks that classify handwritten digits, and look at them
 	$(BIN)/pdiff run 00_quickstart
 
-# A file or a notebook per core at a time, each whole on one worker, which keeps to its core.
+# A file or a notebook per core at a time, each whole on one worker, which keeps to its core; one more for the tests (tests/conftest.py).
 WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 test: export OMP_NUM_THREADS := 1
 test: .venv/installed  ## unit tests and doctests; every notebook under papermill and nbval

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -141,7 +142,8 @@ def _serve(listening: socket.socket, *packages: str) -> None:
             for key, _ in selector.select():
                 if key.fileobj == 0:  # `kernels()` is over
                     for pid in places:
-                        os.killpg(pid, signal.SIGKILL)
+                        _end(pid)
+                    shutil.rmtree(Path(listening.getsockname()).parent, ignore_errors=True)  # which a killed process leaves
                     os._exit(0)
                 elif key.fileobj == ended:
                     os.read(ended, 4096)
@@ -153,8 +155,9 @@ def _serve(listening: socket.socket, *packages: str) -> None:
                         place.close()
                     elif pid := os.fork():
                         places[pid] = place
-                        place.sendall(b"%d\n" % pid)
                         selector.register(place, selectors.EVENT_READ, pid)
+                        with contextlib.suppress(OSError):  # of a place that was killed meanwhile, as is seen next
+                            place.sendall(b"%d\n" % pid)
                     else:
                         for connection in (listening, place, *places.values()):
                             connection.close()
@@ -163,7 +166,7 @@ def _serve(listening: socket.socket, *packages: str) -> None:
                     for file in files:
                         os.close(file)
                 elif key.data in places:  # a place is empty
-                    os.killpg(key.data, signal.SIGKILL)
+                    _end(key.data)
                     selector.unregister(key.fileobj)
 
 
@@ -178,12 +181,20 @@ def _cuda_starts_in_copies() -> bool:
 
 def _asked(place: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """What is wanted, and the files that will be its input, output and errors; None from a place that was killed meanwhile."""
-    _, files, *_ = socket.recv_fds(place, 1, 3)
+    files: list[int] = []
     try:
+        _, files, *_ = socket.recv_fds(place, 1, 3)
         with place.makefile("rb") as said:
             return json.loads(said.readline()), files
-    except ValueError:
+    except (OSError, ValueError):
         return None, files
+
+
+def _end(pid: int) -> None:
+    """Kill a copy and what it started; itself alone where it has no group of its own yet."""
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
 
 
 def _report(places: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:

@@ -1,6 +1,7 @@
 """warm.py: a kernel that is a copy is a kernel like any other, ends with whoever started it, and never stands for one that differs."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -131,6 +132,11 @@ def test_a_place_that_is_killed_while_it_asks_harms_no_other(kernels):
     with socket.socket(socket.AF_UNIX) as place:
         place.connect(f"{os.environ[warm.SERVING]}/socket")
         place.sendall(b'\n{"arguments": [')
+    for _ in range(20):  # killed at once: before it asks, while a copy is made, or just after
+        with subprocess.Popen([sys.executable, "-IS", warm.__file__, "stand", os.environ[warm.SERVING], "-m", "ipykernel_launcher", "-f", "none.json"],
+                              env=os.environ | {"ANSWER": "42"}) as process:
+            time.sleep(random.uniform(0.02, 0.1))
+            process.kill()
     with started() as (_, client):
         assert said(client, IS_A_COPY)
 
@@ -180,7 +186,7 @@ def test_nothing_outlives_whoever_is_killed():
         place, folder = process.stdout.readline().split()
         assert psutil.pid_exists(copy) and psutil.Process(copy).ppid() == served and Path(folder, "socket").exists()
         process.kill()
-        assert gone(served) and gone(copy) and gone(int(place))
+        assert gone(served) and gone(copy) and gone(int(place)) and not os.path.exists(folder)
 
 
 def test_afterwards_all_is_as_before(monkeypatch):
