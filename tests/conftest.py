@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import config, install_import_hook
 
 # All but `recipe`, which holds no tensors and checks (and converts) every value by itself.
@@ -22,6 +23,10 @@ def pytest_collection():
     """Not in the process that hands out the tests, which imports none of them."""
     for package in LARGE:
         importlib.import_module(package)
+
+
+settings.register_profile("busy", deadline=None)  # how long an example takes is up to what else is at work
+settings.load_profile("busy")
 
 
 def pytest_xdist_auto_num_workers():

@@ -190,8 +190,10 @@ def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
     except papermill.PapermillExecutionError as e:
         raise ValueError(f"{e.ename} in cell {e.exec_count} of {job.notebook.name}: {e.evalue}\nthe traceback is in "
                          f"{job.unfinished}; {kept}") from None
-    except DeadKernelError:
-        raise Died(f"the kernel of {job.notebook.name} died (killed, or out of memory); {kept}") from None
+    except RuntimeError as e:  # also of a kernel that found its port taken by one that another process started meanwhile
+        if isinstance(e, DeadKernelError) or str(e).startswith("Kernel died"):
+            raise Died(f"the kernel of {job.notebook.name} died (killed, or out of memory); {kept}") from None
+        raise
     finally:
         del os.environ["PDIFF_RUN_DIR"]
         if before is not None:

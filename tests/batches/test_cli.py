@@ -274,6 +274,18 @@ def test_progress_bars_leave_no_state_behind(tiny, here):
     assert "widgets" not in executed.metadata and "widgets" not in recorded.metadata and not recorded.cells[-1].outputs
 
 
+@pytest.mark.parametrize("message, error", [("Kernel died before replying to kernel_info", jobs.Died), ("something else", RuntimeError)])
+def test_a_kernel_that_never_began_has_died(tiny, monkeypatch, message, error):
+    def execute(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setenv("PDIFF_RUNS", str(tiny.parent / "runs"))
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    with pytest.raises(error) as raised:
+        jobs.execute(jobs.plan(tiny, {}), progress=False)
+    assert type(raised.value) is error
+
+
 def test_a_cell_that_fails(tiny):
     failed = pdiff(tiny.parent, "run", tiny, "-p", "fail", "1")
     assert failed.returncode == 1 and "pdiff: ZeroDivisionError" in failed.stderr and "Traceback" not in failed.stderr
