@@ -147,7 +147,7 @@ def gains(name: str) -> dict[str, tuple[float, float, float]]:
     average gains; NaN where the record has none."""
     nan, n = float("nan"), records()[name]["numbers"]
     if "table" in n:  # of 33_ablations
-        return {row: tuple(float("nan" if v is None else v) for v in (of[PDIFF]["gain"], of[PDIFF]["gain_std"], of[AVERAGE]["gain"]))
+        return {row: tuple(nan if v is None else v for v in (of[PDIFF]["gain"], of[PDIFF]["gain_std"], of[AVERAGE]["gain"]))
                 for row, of in n["rows"].items()}
     if "control" in n:  # of B3_diffusion_steps
         return {row: (of["mean"] - n["originals"], nan, nan) for row, of in n["rows"].items()}

@@ -192,7 +192,7 @@ def _papermill(job: Job, progress: bool | dict[str, Any]) -> None:
                          f"{job.unfinished}; {kept}") from None
     except RuntimeError as e:  # also of a kernel that found its port taken by one that another process started meanwhile
         if isinstance(e, DeadKernelError) or str(e).startswith("Kernel died"):
-            raise Died(f"the kernel of {job.notebook.name} died (killed, or out of memory); {kept}") from None
+            raise Died(f"the kernel of {job.notebook.name} died (killed, out of memory, or its port was taken); {kept}") from None
         raise
     finally:
         del os.environ["PDIFF_RUN_DIR"]
