@@ -20,7 +20,7 @@ IMPORTS = next(c for c in jobs.code(jobs.find("00")) if c.startswith("import")).
 
 def kernel() -> None:
     manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(jobs.NOTEBOOKS))
+    manager.start_kernel(cwd=str(jobs.NOTEBOOKS), extra_arguments=["--log-level=ERROR"])
     client = manager.client()
     client.start_channels()
     client.wait_for_ready(120)
