@@ -1,5 +1,6 @@
 """Annotated shapes and types of the whole package are checked at run time, in every test."""
 
+import gc
 import importlib
 import os
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from jaxtyping import config, install_import_hook
+
+gc.disable()  # while modules and tests are collected, which all stay: looking for garbage among them is a quarter of the time
 
 # All but `recipe`, which holds no tensors and checks (and converts) every value by itself.
 PACKAGE = Path(__file__).parents[1] / "pdiff_lib"
@@ -23,6 +26,12 @@ def pytest_collection():
     """Not in the process that hands out the tests, which imports none of them."""
     for package in LARGE:
         importlib.import_module(package)
+
+
+def pytest_collection_finish():
+    """From here on garbage is looked for among what tests make alone."""
+    gc.freeze()
+    gc.enable()
 
 
 settings.register_profile("busy", deadline=None)  # how long an example takes is up to what else is at work
