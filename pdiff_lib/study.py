@@ -51,6 +51,12 @@ class Study:
         """The first row at the first seed."""
         return next(iter(self.experiments.values()))
 
+    @property
+    def title(self) -> str:
+        """Of the first experiment's title the parts that all rows share: where K differs, no K."""
+        titles = [e.title.split(", ") for e in self.experiments.values()]
+        return ", ".join(part for part in titles[0] if all(part in title for title in titles))
+
     def __iter__(self) -> Iterator[tuple[str, int, Experiment]]:
         return ((row, seed, e) for (row, seed), e in self.experiments.items())
 

@@ -58,6 +58,12 @@ def test_a_row_is_the_experiment_of_its_settings(done, tmp_path):
     assert done.first is done.experiments["T=10", 0]
 
 
+def test_a_title_names_what_all_rows_share(done, tmp_path):
+    assert "K = 6" in done.first.title and done.title == done.first.title.replace(", K = 6", "")
+    same = study(tmp_path, {"T=10": {}, "T=4": {"T": 4}})
+    assert same.title == same.first.title
+
+
 def test_a_method_of_ones_own_stands_in_the_frame(folder, done):
     s = study(folder, {"T=10": {}}, [0])
     for _, _, e in s:
