@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """What all servers are started with: where small runs keep their stages, and kernels that begin warm."""
-    own = {"PDIFF_RUNS": str(tmp_path_factory.mktemp("runs")), "OMP_NUM_THREADS": "1"}
+    """What all servers are started with: where small runs keep their stages, no SVG of a figure, and kernels that begin warm."""
+    own = {"PDIFF_RUNS": str(tmp_path_factory.mktemp("runs")), "PDIFF_SVG": "0", "OMP_NUM_THREADS": "1"}
     with warm.kernels(own) as kernels:
         yield own | kernels
 
