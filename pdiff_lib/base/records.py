@@ -7,7 +7,9 @@ import json
 import math
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -84,7 +86,12 @@ def without_folders(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def present_commit() -> str:
-    """The commit of this checkout, with "-dirty" where files differ from it; "unknown" where git cannot say."""
+    """The commit of this checkout, with "-dirty" where files differ from it, as of five seconds ago at most; "unknown" where git cannot say."""
+    return _described(int(time.monotonic() / 5))
+
+
+@lru_cache(maxsize=1)  # many a stage takes less time than git
+def _described(moment: int) -> str:
     return _git("describe", "--always", "--dirty", "--abbrev=10") or "unknown"
 
 

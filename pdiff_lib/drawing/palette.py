@@ -23,12 +23,13 @@ LABELS = {"accuracy": "accuracy (%)", "score": "score", "max_similarity": "maxim
           "latent_dim": "L (numbers in a latent)", "pdiff_seed": "seed of autoencoder, diffusion and samples",
           "seed": "seed of network and zoo", "T": "T (diffusion steps)", "sampling_steps": "sampling steps"}
 
-pio.templates["pdiff"] = go.layout.Template(layout={
+# Merged here, once: of a default "plotly+pdiff" plotly would do it for every figure.
+pio.templates["pdiff"] = pio.templates.merge_templates("plotly", go.layout.Template(layout={
     "colorway": COLOURS, "font": {"family": "DejaVu Sans, Verdana, sans-serif", "size": 12}, "paper_bgcolor": "white",
     "plot_bgcolor": "white", "title": {"x": 0.02, "font": {"size": 14}}, "margin": {"t": 70, "b": 55, "l": 65, "r": 25},
     "xaxis": {"gridcolor": "#e5e5e5", "linecolor": "#555", "zeroline": False, "ticks": "outside"},
-    "yaxis": {"gridcolor": "#e5e5e5", "linecolor": "#555", "zeroline": False, "ticks": "outside"}})
-pio.templates.default = "plotly+pdiff"
+    "yaxis": {"gridcolor": "#e5e5e5", "linecolor": "#555", "zeroline": False, "ticks": "outside"}}))
+pio.templates.default = "pdiff"
 
 
 def look(i: int) -> dict[str, str]:
