@@ -129,11 +129,11 @@ def generated(record: dict[str, Any]) -> str:
     return f"{subset.select(net, s['subset']).numel:,}"
 
 
-def memorisation() -> str:
-    """Figures 3, 4 and 5a: the gain over the originals, and the maximum similarity."""
+def memorisation(name: str) -> str:
+    """A record of 40_memorization, Figures 3, 4 and 5a: the gain over the originals, and the maximum similarity."""
     body = []
     for figure in ("3", "4", "5a"):
-        over = study.over_seeds(pd.read_csv(HERE / f"cifar10-40-figure-{figure}.csv"))
+        over = study.over_seeds(pd.read_csv(HERE / f"{name}-figure-{figure}.csv"))
         for row in dict.fromkeys(over.index.get_level_values("row")):
             lines = over.loc[row]
             body.append([f"{figure}: {row}", f"{100 * lines.loc[ORIGINAL, ('mean', 'mean')]:.1f}",
@@ -322,8 +322,10 @@ def index() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{name: partial(cell, name) for name in (*CELLS, PRETRAINED)}, "checkpoints": checkpoints, "audit": partial(audited, "cifar10-41"),
-    "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": memorisation, "ablations": ablations, "zoos": zoos, "both-zoos": partial(both_zoos, "mnist-b1-2464"),
-    "beside": beside, "how-many": how_many, "how-many-mnist": partial(one_k, "mnist-71"), "asked": partial(asked, "digits-72"),
+    "audit-mini": partial(audited, "cifar10-41-mini"), "minis": minis, "memorisation": partial(memorisation, "cifar10-40"),
+    "memorisation-pretrained": partial(memorisation, f"{PRETRAINED}-40"), "ablations": ablations, "zoos": zoos, "both-zoos": partial(both_zoos, "mnist-b1-2464"),
+    "beside": beside, "how-many": how_many, "how-many-mnist": partial(one_k, "mnist-71"),
+    "how-many-fashion": partial(one_k, "fashion-71"), "asked": partial(asked, "digits-72"),
     **{name: partial(fields, name) for name in ("mnist-60", "fashion-60", "bodies-63", "chairs-63")},
     "seen": seen, "made": made, "scorecard": lambda: paper.markdown(paper.scorecard(list(records().values()))),
     "front": front, "index": index}
