@@ -29,11 +29,11 @@ OPTIMIZERS = {
 
 
 def optimizer(name: str, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """One of `OPTIMIZERS`, in PyTorch's fused form: one pass over all numbers, on a CPU in a seventh of the time for a ResNet-18.
+    """One of `OPTIMIZERS`, in PyTorch's fused form: one pass over all numbers, on a CPU in a quarter to a third of the time.
     That form takes parameters and gradients as they lie in memory, and errs without a word where the two lie differently. So it is
-    for contiguous parameters alone, whose gradients, by `backward`, are contiguous too."""
+    for contiguous parameters alone, whose gradients, by `backward`, are contiguous too; and it knows no complex numbers."""
     params = list(params)
-    fused = all(p.is_contiguous() and p.device.type in ("cpu", "cuda") for p in params)
+    fused = all(p.is_contiguous() and p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
     return OPTIMIZERS[name](params, lr=lr, weight_decay=weight_decay, fused=fused)
 
 

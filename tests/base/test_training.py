@@ -91,6 +91,15 @@ def test_a_fused_optimizer_moves_each_number_by_its_own_gradient(name, lies):
     torch.testing.assert_close(trained(lambda params: training.optimizer(name, params, 0.05, 0.1)), plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("begin", [torch.ones(3, dtype=torch.complex64), torch.empty(0, 3), torch.ones(())], ids=["complex", "empty", "a number"])
+def test_unusual_parameters_are_trained(begin):
+    p = nn.Parameter(begin.clone())
+    optimizer = training.optimizer("adamw", [p], 0.1)
+    p.abs().square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), begin - 0.1)
+
+
 class Stop(Exception):
     """The end of a process, as far as the loop can tell."""
 
