@@ -119,7 +119,7 @@ def test_the_package_alone_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-# Of these, commit ba11369 left the stages that lie in tests/stages.
+# Of these, commit 113511a left the stages that lie in tests/stages.
 THEN = {"dataset": "digits", "image_size": 32, "train_images": 100, "test_images": 100, "network": "hyperrep-cnn", "pretrained": False,
         "base_epochs": 1, "base_batch": 50, "subset": "*bias", "k_checkpoints": 4, "zoo_batch": 16, "crop_scale": 0.6, "flip": False,
         "ae_channels": [2, 2], "latent_dim": 4, "ae_steps": 3, "denoiser_channels": [2, 2, 2], "diffusion_steps": 3, "T": 10,
