@@ -119,16 +119,16 @@ def test_the_package_alone_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-# Of these, commit 113511a left the stages that lie in tests/stages.
+# Of these, commit 5812c0a (the last of the flat library) left the stages that lie in tests/stages.
 THEN = {"dataset": "digits", "image_size": 32, "train_images": 100, "test_images": 100, "network": "hyperrep-cnn", "pretrained": False,
         "base_epochs": 1, "base_batch": 50, "subset": "*bias", "k_checkpoints": 4, "zoo_batch": 16, "crop_scale": 0.6, "flip": False,
         "ae_channels": [2, 2], "latent_dim": 4, "ae_steps": 3, "denoiser_channels": [2, 2, 2], "diffusion_steps": 3, "T": 10,
         "samples": 4, "noise_scales": [0.05], "vae_steps": 3}
 
 
-def test_stages_of_an_earlier_commit_are_found(tmp_path, monkeypatch):
+def test_stages_from_before_the_move_are_found(tmp_path, monkeypatch):
     """Fails where code of training or of a method has changed: then stages that users have are computed anew. If that is meant,
-    take the row of that stage out of `moved.json`, if it has one, and put a new file into tests/stages; if not, it is a bug."""
+    take the row of that stage out of `moved.json` and its file out of tests/stages; if not, it is a bug."""
     kept = Path(__file__).parent / "stages"
     shutil.copytree(kept, tmp_path / "stages")
     e = Experiment(Recipe.of(**THEN), runs.Store(tmp_path / "stages"), device="cpu", progress=False)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import psutil
@@ -24,17 +23,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+    "sgd": lambda params, lr, weight_decay: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay),
 }
-
-
-def optimizer(name: str, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """One of `OPTIMIZERS`, in PyTorch's fused form: one pass over all numbers, on a CPU in a quarter to a third of the time.
-    That form takes parameters and gradients as they lie in memory, and errs without a word where the two lie differently. So it is
-    for contiguous parameters alone, whose gradients, by `backward`, are contiguous too; and it knows no complex numbers."""
-    params = list(params)
-    fused = all(p.is_contiguous() and p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
-    return OPTIMIZERS[name](params, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def seed_for(seed: int, *where: int | str) -> int:

@@ -126,7 +126,7 @@ def fit(v: Float[Tensor, "K D"], settings: recipe.Autoencoder, *, checkpoint: Ch
         pick = torch.randint(len(v), (settings.ae_batch,), device=v.device, generator=generator)
         return noisy_reconstruction_loss(ae, v[pick], settings.sigma_v, settings.sigma_z, generator)
 
-    optimizer = training.optimizer("adamw", ae.parameters(), settings.ae_lr, settings.ae_weight_decay)
+    optimizer = torch.optim.AdamW(ae.parameters(), settings.ae_lr, weight_decay=settings.ae_weight_decay)
     losses = training.loop(loss_at, settings.ae_steps, {"autoencoder": ae.train()}, optimizer, checkpoint=checkpoint,
                            desc="autoencoder", progress=progress, tf32=True)
     return ae.eval(), losses

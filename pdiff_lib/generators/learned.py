@@ -126,7 +126,7 @@ class Learned:
 
     def _train(self, net: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
         s = self.settings
-        optimizer = training.optimizer("adamw", net.parameters(), s.lr, s.weight_decay)
+        optimizer = torch.optim.AdamW(net.parameters(), s.lr, weight_decay=s.weight_decay)
         average = copy.deepcopy(net).requires_grad_(False)
         kept = {f"average.{k}": v for k, v in average.state_dict().items()} if s.ema else {}
         g = torch.Generator(self.device)

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from pdiff_lib.base import training
 from pdiff_lib.generators import denoiser
 from pdiff_lib.generators.autoencoder import Autoencoder, noisy_reconstruction_loss
 from pdiff_lib.generators.diffusion import Schedule
@@ -100,7 +99,7 @@ def prepared(step: Any, device: torch.device) -> tuple[nn.Module, Callable[..., 
     if step.bf16:
         for name in ("encode", "decode") if step.part == "autoencoder" else ("forward",):
             setattr(net, name, torch.autocast(device.type, torch.bfloat16)(getattr(net, name)))
-    optimizer = training.optimizer("adamw", net.parameters(), 1e-5)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-5)
 
     def loss_of(x: Tensor) -> Tensor:
         if step.part == "autoencoder":

@@ -110,7 +110,7 @@ def fit(z: Float[Tensor, "K L"], schedule: Schedule, settings: recipe.Diffusion,
         pick, t = (torch.randint(high, (batch,), device=z.device, generator=g) for high in (len(z), schedule.T))
         return net.loss(z[pick], t, torch.randn(batch, z.shape[1], device=z.device, generator=g), schedule).mean()
 
-    optimizer = training.optimizer("adamw", net.parameters(), settings.diffusion_lr, settings.diffusion_weight_decay)
+    optimizer = torch.optim.AdamW(net.parameters(), settings.diffusion_lr, weight_decay=settings.diffusion_weight_decay)
     losses = training.loop(loss_at, settings.diffusion_steps, {"denoiser": net.train()}, optimizer, checkpoint=checkpoint,
                            desc="denoiser", progress=progress, tf32=True)
     return net.eval(), losses

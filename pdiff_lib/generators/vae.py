@@ -97,7 +97,7 @@ class VAE:
                 pick = torch.randint(len(v), (own.ae_batch,), device=device, generator=generator)
                 return negative_elbo(net, v[pick], vae.kl_weight, generator)
 
-            optimizer = training.optimizer("adamw", net.parameters(), vae.vae_lr, own.ae_weight_decay)
+            optimizer = torch.optim.AdamW(net.parameters(), vae.vae_lr, weight_decay=own.ae_weight_decay)
             losses = training.loop(loss_at, vae.vae_steps, {"vae": net.train()}, optimizer, checkpoint=checkpoint, desc="VAE",
                                    progress=self.progress)
             return {"losses": losses, "mean": self.standardise.mean, "std": self.standardise.std, **net.state_dict(prefix="net.")}

@@ -51,8 +51,7 @@ class Classifier(nn.Module):
             (chosen,) = picks(i, slice(0, 1))
             return F.cross_entropy(self(x[chosen]), y[chosen])
 
-        optimizer = training.optimizer("adamw", self.parameters(), LR, weight_decay=0.01)
-        training.loop(loss_at, max(STEPS, 3 * picks.per_epoch), {"classifier": self.train()}, optimizer,
+        training.loop(loss_at, max(STEPS, 3 * picks.per_epoch), {"classifier": self.train()}, torch.optim.AdamW(self.parameters(), lr=LR),
                       checkpoint=checkpoint, desc="training the classifier whose features are compared")
         std, mean = torch.std_mean(self.seen(x), dim=0)
         self.mean.copy_(mean)

@@ -191,7 +191,8 @@ def train(nets: Sequence[nn.Module], images: data.Images | Task, seeds: Sequence
     names = [n for n, _ in net.named_parameters()]
     initial, _ = stack_module_state([m.train() for m in nets])
     stacks = nn.ParameterList(initial[n].detach().to(device) for n in names)
-    optimizer = training.optimizer(base.base_optimizer, stacks.parameters(), base.base_lr, base.base_weight_decay)
+    optimizer = training.OPTIMIZERS[base.base_optimizer](
+        stacks.parameters(), lr=base.base_lr, weight_decay=base.base_weight_decay)
     batch_of, per_epoch = task.batches(seeds, base.base_batch, base, device, "train")
     curves = torch.zeros(per_epoch * base.base_epochs, len(nets), device=device)
     order = [names.index(name) for name in subset.select(nets[0], "all").names]

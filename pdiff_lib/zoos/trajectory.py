@@ -55,7 +55,8 @@ def train(net: nn.Module, images: data.Images | Task, *, after: Callable[[int], 
     device = training.device_of(device)
     task = task_of(images)
     task.check(net.to(device))
-    optimizer = training.optimizer(base.base_optimizer, net.parameters(), base.base_lr, base.base_weight_decay)
+    optimizer = training.OPTIMIZERS[base.base_optimizer](
+        net.parameters(), lr=base.base_lr, weight_decay=base.base_weight_decay)
     loss_at, per_epoch = task.loss(net, base.base_batch, base, device, "train")
     losses = training.loop(loss_at, per_epoch * base.base_epochs, {"net": net.train()}, optimizer, after=after,
                            buffers=buffers, checkpoint=checkpoint, desc=f"training {base.network}",
@@ -92,7 +93,7 @@ def collect(net: nn.Module, sub: subset.Subset, images: data.Images | Task, *, c
     for name, p in net.named_parameters():
         p.requires_grad_(name in sub.names)
     chosen = [p for p in net.parameters() if p.requires_grad]
-    optimizer = training.optimizer(zoo.zoo_optimizer, chosen, zoo.zoo_lr, zoo.zoo_weight_decay)
+    optimizer = training.OPTIMIZERS[zoo.zoo_optimizer](chosen, lr=zoo.zoo_lr, weight_decay=zoo.zoo_weight_decay)
     loss_at, _ = task.loss(net, zoo.zoo_batch, base, device, "zoo")
     theta = torch.empty(zoo.k_checkpoints, sub.numel, device=device)
 
