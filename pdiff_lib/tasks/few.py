@@ -6,7 +6,8 @@ tests/benchmarks/README.md), which is a part of an evaluation that counts where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Shaped
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pdiff_lib.networks.capture import classes_of, tried
 from pdiff_lib.networks.modes import evaluating
-from pdiff_lib.networks.subset import Subset
+from pdiff_lib.networks.subset import Subset, tensors_of
 
 VECTORS, IMAGES = 2, 256  # at most so many of either: no capture spares more than it costs
 SMALL = ((1_000_000, 128), (100_000, 1024))  # or a network of fewer numbers, and at most so many forward passes of an image
@@ -37,13 +38,34 @@ def scores(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[T
     Raises:
         ValueError: the network does not take the images, or gives no scores.
     """
-    first = sub.unflatten(theta[0])
-    with evaluating(net):
+    with evaluating(net), _in_turn(net, sub, theta) as turns:
         images = prepare(x) if prepare else x
-        found = [tried(net, x, lambda: images, lambda images: torch.func.functional_call(net, first, (images,)))]
+        next(turns)
+        found = [tried(net, x, lambda: images, net)]
         classes_of(net, found[0])
-        found += [torch.func.functional_call(net, sub.unflatten(vector), (images,)) for vector in theta[1:]]
+        found += [net(images) for _ in turns]
     return torch.stack(found)
+
+
+@contextmanager
+def _in_turn(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"]) -> Iterator[Iterator[None]]:
+    """The network holds each of the vectors in turn, and afterwards what it held: `torch.func.functional_call` walks through all of the
+    network for each, which in a small one counts."""
+    tensors = tensors_of(net)
+    own = {name: tensors[name] for name in sub.names}
+    before = {name: tensor.data for name, tensor in own.items()}
+
+    def turns() -> Iterator[None]:
+        for vector in theta:
+            for name, value in sub.unflatten(vector).items():
+                own[name].data = value.to(own[name].dtype)
+            yield
+
+    try:
+        yield turns()
+    finally:
+        for name, tensor in own.items():
+            tensor.data = before[name]
 
 
 def is_small(net: nn.Module) -> bool:

@@ -656,3 +656,21 @@ def test_what_is_few_depends_on_counts_alone():
     assert few.are_few(large, 2, 256) and not few.are_few(large, 2, 257) and not few.are_few(large, 3, 10)
     assert few.are_few(middle, 8, 16) and not few.are_few(middle, 8, 17)
     assert few.are_few(small, 64, 16) and not few.are_few(small, 64, 17)
+
+
+def test_few_vectors_leave_the_network_with_what_it_held():
+    """Also where the network does not take the images; and a tensor that is used twice is changed in both places."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    net[2].weight = net[1].weight
+    sub = subset.select(net, "1.weight,3.weight")
+    held = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in net.state_dict().items()}
+    theta, x = torch.randn(2, sub.numel, generator=torch.Generator().manual_seed(0)), torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    scores = few.scores(net, sub, theta, x)
+    with pytest.raises(ValueError, match="Sequential does not take images of shape .1, 5, 5"):
+        few.scores(net, sub, theta, torch.randn(3, 1, 5, 5))
+    assert all(held[name][0] == tensor.data_ptr() and torch.equal(held[name][1], tensor) for name, tensor in net.state_dict().items())
+    assert net[2].weight is net[1].weight and net[1].weight.requires_grad
+    for vector, found in zip(theta, scores):
+        values = sub.unflatten(vector)
+        twice = nn.functional.linear(nn.functional.linear(x.flatten(1), values["1.weight"], net[1].bias), values["1.weight"], net[2].bias)
+        torch.testing.assert_close(found, nn.functional.batch_norm(twice, net[3].running_mean, net[3].running_var, values["3.weight"], net[3].bias))
