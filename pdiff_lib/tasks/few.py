@@ -6,8 +6,7 @@ tests/benchmarks/README.md), which is a part of an evaluation that counts where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -38,34 +37,23 @@ def scores(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"], x: Shaped[T
     Raises:
         ValueError: the network does not take the images, or gives no scores.
     """
-    with evaluating(net), _in_turn(net, sub, theta) as turns:
+    tensors, found = tensors_of(net), []
+    before = {name: tensors[name].data for name in sub.names}
+    with evaluating(net):
         images = prepare(x) if prepare else x
-        next(turns)
-        found = [tried(net, x, lambda: images, net)]
-        classes_of(net, found[0])
-        found += [net(images) for _ in turns]
+        try:
+            for vector in theta:  # `torch.func.functional_call` would walk through all of the network for each
+                _hold(tensors, sub.unflatten(vector))
+                found.append(net(images) if found else tried(net, x, lambda: images, net))
+                classes_of(net, found[-1])
+        finally:
+            _hold(tensors, before)
     return torch.stack(found)
 
 
-@contextmanager
-def _in_turn(net: nn.Module, sub: Subset, theta: Float[Tensor, "M D"]) -> Iterator[Iterator[None]]:
-    """The network holds each of the vectors in turn, and afterwards what it held: `torch.func.functional_call` walks through all of the
-    network for each, which in a small one counts."""
-    tensors = tensors_of(net)
-    own = {name: tensors[name] for name in sub.names}
-    before = {name: tensor.data for name, tensor in own.items()}
-
-    def turns() -> Iterator[None]:
-        for vector in theta:
-            for name, value in sub.unflatten(vector).items():
-                own[name].data = value.to(own[name].dtype)
-            yield
-
-    try:
-        yield turns()
-    finally:
-        for name, tensor in own.items():
-            tensor.data = before[name]
+def _hold(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        tensors[name].data = value.to(tensors[name].dtype)
 
 
 def is_small(net: nn.Module) -> bool:
